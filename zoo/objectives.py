@@ -1,0 +1,81 @@
+"""What is minimised: one module a method, holding the ViT to be shipped as `.vit`; `forward` gives the loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from zoo.recipe import Recipe
+
+
+def sincos_position_embedding(grid: tuple[int, int], dim: int) -> Tensor:
+    """MAE's fixed 2-D sine-cosine table with a zero row for [cls]: `(1, 1 + H·W, dim)`."""
+    table = build_sincos2d_pos_embed(list(grid), dim=dim, interleave_sin_cos=False)
+    return torch.cat([torch.zeros(1, dim), table])[None]
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE (He et al., arXiv 2111.06377): the ViT sees a quarter of the patches; a small decoder paints the rest."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.vit = VisionTransformer(**recipe.architecture, num_classes=0)
+        grid, width = self.vit.patch_embed.grid_size, self.vit.embed_dim
+        self.vit.pos_embed = nn.Parameter(sincos_position_embedding(grid, width), requires_grad=False)
+        self.mask_ratio = recipe.mask_ratio
+        dim = recipe.decoder_dim
+        self.decoder_embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.register_buffer("decoder_position", sincos_position_embedding(grid, dim), persistent=False)
+        self.decoder = nn.Sequential(
+            *(Block(dim, recipe.decoder_heads, qkv_bias=True) for _ in range(recipe.decoder_depth)),
+            nn.LayerNorm(dim),
+        )
+        self.patch_size = recipe.architecture["patch_size"]
+        self.decoder_head = nn.Linear(dim, 3 * self.patch_size**2)
+
+    def forward(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean squared error on the masked patches, each patch's pixels normalised by its own mean and variance."""
+        batch = len(images)
+        patches = self.vit.patch_embed(images) + self.vit.pos_embed[:, 1:]
+        count, width = patches.shape[1:]
+        visible = round(count * (1 - self.mask_ratio))
+        order = torch.rand(batch, count, generator=generator).argsort(1).to(images.device)
+        keep, masked = order[:, :visible], order[:, visible:]
+
+        cls = (self.vit.cls_token + self.vit.pos_embed[:, :1]).expand(batch, -1, -1)
+        x = torch.cat([cls, patches.gather(1, keep[..., None].expand(-1, -1, width))], 1)
+        x = self.decoder_embed(self.vit.norm(self.vit.blocks(x)))
+
+        dim = x.shape[-1]
+        shuffled = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(batch, count - visible, -1)], 1)
+        restored = torch.zeros_like(shuffled).scatter(1, order[..., None].expand(-1, -1, dim), shuffled)
+        x = self.decoder(torch.cat([x[:, :1], restored], 1) + self.decoder_position.to(x.dtype))
+        predicted = self.decoder_head(x[:, 1:].gather(1, masked[..., None].expand(-1, -1, dim))).float()
+
+        target = F.unfold(images.float(), self.patch_size, stride=self.patch_size).transpose(1, 2)
+        target = target.gather(1, masked[..., None].expand(-1, -1, target.shape[-1]))
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        return F.mse_loss(predicted, target)
+
+
+class Supervised(nn.Module):
+    """Cross-entropy on the labels through a linear head on [cls]."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.vit = VisionTransformer(
+            **recipe.architecture, num_classes=recipe.num_classes, drop_path_rate=recipe.drop_path
+        )
+        self.label_smoothing = recipe.label_smoothing
+
+    def forward(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean cross-entropy of the batch."""
+        return F.cross_entropy(self.vit(images).float(), labels, label_smoothing=self.label_smoothing)
+
+
+OBJECTIVES = {"mae": MaskedAutoencoder, "supervised": Supervised}
