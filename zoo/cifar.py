@@ -23,7 +23,7 @@ def load_tar(path: str | Path) -> tuple[Tensor, Tensor, list[str]]:
         pixels.append(np.asarray(Image.open(file).convert("RGB")))
         labels.append(label)
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(labels), sorted(reader.class_to_idx, key=reader.class_to_idx.__getitem__)
+    return images, torch.tensor(labels), sorted(reader.class_name_to_idx, key=reader.class_name_to_idx.__getitem__)
 
 
 def normalize(images: Tensor) -> Tensor:
