@@ -1,0 +1,1 @@
+"""Images: sources of them, the packaged photographs, the transforms that models expect."""

@@ -1,0 +1,11 @@
+"""The errors that are the user's to mend: each message is one line that says what came, and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake in what the user gave (a name, a file, an option). The command line prints it and exits with 2."""
+
+
+class AttentionNotSeenError(UserError):
+    """The model computes its attention where a capture cannot see it; names the model and the module."""

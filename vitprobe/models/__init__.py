@@ -1,0 +1,1 @@
+"""Models: names, specifications, loading, checkpoints, token layouts."""

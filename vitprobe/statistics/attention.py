@@ -1,0 +1,142 @@
+"""Statistics of the attention weights: how a row shares its attention among [cls], registers and patches.
+
+A is the attention matrix of one head, row = query; P the N patch keys; S_i the mass that row i puts on P. Every
+function takes an `AttentionView` and gives `(B, H)`. Masses are `e^(s − Z)`, shares among patches `e^(s − Z_P)`: no
+subtraction from 1 and no epsilon anywhere. Definitions: "Beyond [cls]" (arXiv 2412.03215), Figures 3 to 5; those the
+paper's script does not have are marked with their source.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitprobe.attention.view import AttentionView
+from vitprobe.models.tokens import TokenLayout
+from vitprobe.statistics.table import declare
+
+PerHead = Float[Tensor, "batch head"]
+
+
+def _share(layout: TokenLayout) -> tuple[float, float]:
+    return 0.0, 1.0
+
+
+def _entropy(layout: TokenLayout) -> tuple[float, float]:
+    return 0.0, math.log(layout.num_patches)
+
+
+def _clamp_entropy(entropy: Tensor, layout: TokenLayout) -> Tensor:
+    """Bring rounding back into [0, log N]; what lies further out than rounding explains is left to be seen."""
+    maximum = math.log(layout.num_patches)
+    tolerance = 1e-4 * max(1.0, maximum)
+    inside = entropy.clamp(0.0, maximum)
+    return torch.where((entropy - inside).abs() <= tolerance, inside, entropy)
+
+
+@declare("cls_self_attention", "[cls] self-attention", "share", _share, "cls", figure=3,
+         released_name="cls_cls_attention")  # fmt: skip
+def cls_self_attention(view: AttentionView) -> PerHead:
+    """A_00: the share of its attention that [cls] gives to itself, 0 to 1 (the paper's Figure 3)."""
+    rows = view.rows
+    return torch.exp(rows.self_logits[..., 0] - rows.log_z[..., 0])
+
+
+@declare("cls_self_attention_ratio", "[cls] self-attention / its attention to patches", "ratio",
+         lambda layout: (0.0, math.inf), "cls", released_name="cls_cls_attention_adj_for_cls")  # fmt: skip
+def cls_self_attention_ratio(view: AttentionView) -> PerHead:
+    """A_00 / S_0: what [cls] gives itself per unit that it gives the patches, 0 to ∞ (an odds, not a share)."""
+    rows = view.rows
+    return torch.exp(rows.self_logits[..., 0] - rows.log_z_patches[..., 0])
+
+
+@declare("cls_to_patches", "[cls] attention to a patch, mean", "share",
+         lambda layout: (0.0, 1 / layout.num_patches), "cls", released_name="cls_pos_attention")  # fmt: skip
+def cls_to_patches(view: AttentionView) -> PerHead:
+    """(1/N) Σ_P A_0j: what [cls] gives one patch on average, 0 to 1/N."""
+    rows = view.rows
+    return torch.exp(rows.log_z_patches[..., 0] - rows.log_z[..., 0]) / view.layout.num_patches
+
+
+@declare("cls_to_registers", "[cls] attention to registers", "share", _share, "cls registers")
+def cls_to_registers(view: AttentionView) -> PerHead:
+    """Σ over registers of A_0j: what [cls] gives all registers together, 0 to 1."""
+    rows = view.rows
+    logits = rows.prefix_logits[:, :, 0, view.layout.registers]
+    return torch.exp(logits.logsumexp(dim=-1) - rows.log_z[..., 0])
+
+
+@declare("cls_entropy", "[cls] attention entropy over patches", "nats", _entropy, "cls", figure=4,
+         released_name="cls_pos_entropy")  # fmt: skip
+def cls_entropy(view: AttentionView) -> PerHead:
+    """Entropy in nats of the [cls] row over the patches, renormalised there, 0 to log N (the paper's Figure 4)."""
+    return _clamp_entropy(view.rows.entropy[..., 0], view.layout)
+
+
+@declare("cls_entropy_share", "[cls] attention entropy / log N", "share", _share, "cls")
+def cls_entropy_share(view: AttentionView) -> PerHead:
+    """`cls_entropy` as a share of its maximum log N, 0 to 1: comparable between grids."""
+    return cls_entropy(view) / math.log(view.layout.num_patches)
+
+
+@declare("patch_self_attention", "patch self-attention", "share", _share, released_name="pos_self_attention")
+def patch_self_attention(view: AttentionView) -> PerHead:
+    """(1/N) Σ_t∈P A_tt: the share of its attention that a patch gives to itself, 0 to 1."""
+    rows, patches = view.rows, view.layout.patches
+    return torch.exp(rows.self_logits[..., patches] - rows.log_z[..., patches]).mean(dim=-1)
+
+
+@declare("patch_self_attention_ratio", "patch self-attention / attention to patches", "share", _share, figure=5,
+         released_name="pos_self_attention_adj_for_cls")  # fmt: skip
+def patch_self_attention_ratio(view: AttentionView) -> PerHead:
+    """(1/N) Σ_t∈P A_tt / S_t: a patch's own share of what it gives to patches, 0 to 1 (the paper's Figure 5)."""
+    rows, patches = view.rows, view.layout.patches
+    return torch.exp(rows.self_logits[..., patches] - rows.log_z_patches[..., patches]).mean(dim=-1)
+
+
+@declare("patches_to_cls", "patches' attention to [cls]", "share", _share, "cls", released_name="pos_cls_attention")
+def patches_to_cls(view: AttentionView) -> PerHead:
+    """(1/N) Σ_t∈P A_t0: the share of its attention that a patch gives to [cls], 0 to 1."""
+    rows, patches = view.rows, view.layout.patches
+    return torch.exp(rows.prefix_logits[:, :, patches, 0] - rows.log_z[..., patches]).mean(dim=-1)
+
+
+@declare("patches_to_registers", "patches' attention to registers", "share", _share, "registers")
+def patches_to_registers(view: AttentionView) -> PerHead:
+    """(1/N) Σ_t∈P Σ over registers of A_tj: what a patch gives to all registers together, 0 to 1."""
+    rows, patches = view.rows, view.layout.patches
+    logits = rows.prefix_logits[:, :, patches, view.layout.registers]
+    return torch.exp(logits.logsumexp(dim=-1) - rows.log_z[..., patches]).mean(dim=-1)
+
+
+@declare("patch_entropy", "patch attention entropy over patches", "nats", _entropy, released_name="pos_pos_entropy")
+def patch_entropy(view: AttentionView) -> PerHead:
+    """Mean over patch rows of their entropy in nats over the patches, itself included, 0 to log N."""
+    return _clamp_entropy(view.rows.entropy[..., view.layout.patches].mean(dim=-1), view.layout)
+
+
+@declare("patch_entropy_share", "patch attention entropy / log N", "share", _share)
+def patch_entropy_share(view: AttentionView) -> PerHead:
+    """`patch_entropy` as a share of its maximum log N, 0 to 1."""
+    return patch_entropy(view) / math.log(view.layout.num_patches)
+
+
+@declare("attention_distance", "attention distance", "patches", lambda layout: (0.0, layout.diagonal))
+def attention_distance(view: AttentionView) -> PerHead:
+    """Mean over patch rows of the distance on the grid to the patches attended to, in patches, 0 to the diagonal.
+
+    The mean attention distance of Dosovitskiy et al. (arXiv 2010.11929, Figure 7), with each row renormalised over
+    the patches.
+    """
+    return view.rows.distance.mean(dim=-1)
+
+
+@declare("attention_distance_px", "attention distance", "px",
+         lambda layout: (0.0, layout.diagonal * math.sqrt(layout.patch_size[0] * layout.patch_size[1])))  # fmt: skip
+def attention_distance_px(view: AttentionView) -> PerHead:
+    """`attention_distance` times the patch size (its geometric mean where a patch is no square), in pixels."""
+    height, width = view.layout.patch_size
+    return attention_distance(view) * math.sqrt(height * width)

@@ -1,0 +1,114 @@
+"""What a statistic declares of itself, and the registry that holds one entry each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitprobe.attention.view import AttentionView
+from vitprobe.errors import UserError
+from vitprobe.models.tokens import TokenLayout
+
+Bounds = Callable[[TokenLayout], tuple[float, float]]
+Need = str  # one of NEEDS
+
+NEEDS = {
+    "cls": "a [cls] token",
+    "registers": "register tokens",
+    "residual": "the residual stream, hooked at the block",
+    "update": "an attention update that the block adds on its own, apart from its MLP's",
+}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One number an image, block and head.
+
+    Attributes:
+        name: its name in tables and files.
+        label: what an axis says.
+        unit: "share", "ratio", "nats", "patches" or "px".
+        bounds: layout → (lowest, highest) possible value; `inf` where there is none.
+        needs: what a model must have for it to be defined: keys of `NEEDS`.
+        compute: AttentionView → `(B, H)`, or `(B, 1)` where it is one number a block.
+        per_head: whether it has one value a head.
+        figure: the figure of the paper (arXiv 2412.03215) that it feeds, if any.
+        released_name: its name in the paper's released script, if it has one there.
+    """
+
+    name: str
+    label: str
+    unit: str
+    bounds: Bounds
+    needs: frozenset[Need]
+    compute: Callable[[AttentionView], Float[Tensor, "batch head"]]
+    per_head: bool = True
+    figure: int | None = None
+    released_name: str | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether its values have an upper bound (then its interval is a t interval, else one on the log scale)."""
+        return self.bounds(TokenLayout(grid=(2, 2), has_cls=True))[1] != float("inf")
+
+    def undefined(self, layout: TokenLayout, available: frozenset[Need]) -> str | None:
+        """Why it is undefined for a model of this layout whose capture offers `available`; None if it is defined."""
+        has = available | ({"cls"} if layout.has_cls else set()) | ({"registers"} if layout.num_registers else set())
+        missing = sorted(self.needs - has)
+        return f"needs {' and '.join(NEEDS[need] for need in missing)}" if missing else None
+
+
+STATISTICS: dict[str, Statistic] = {}
+
+
+def declare(name: str, label: str, unit: str, bounds: Bounds, needs: str = "", **extra) -> Callable:
+    """Decorator that enters a pure function `view → (B, H)` in `STATISTICS` under `name`; returns the function."""
+
+    def enter(compute: Callable) -> Callable:
+        STATISTICS[name] = Statistic(name, label, unit, bounds, frozenset(needs.split()), compute, **extra)
+        return compute
+
+    return enter
+
+
+def select(names: Sequence[str] | None) -> list[Statistic]:
+    """The statistics of these names in the table's order; all without names.
+
+    Raises:
+        UserError: for a name that is not in the table, with the nearest ones.
+    """
+    if names is None:
+        return list(STATISTICS.values())
+    for name in names:
+        if name not in STATISTICS:
+            near = difflib.get_close_matches(name, STATISTICS, n=3, cutoff=0.5) or list(STATISTICS)
+            raise UserError(f"there is no statistic {name!r}; the nearest are {', '.join(near)}")
+    return [statistic for statistic in STATISTICS.values() if statistic.name in names]
+
+
+def available_needs(view: AttentionView) -> frozenset[Need]:
+    """What the capture behind `view` offers beside its layout: keys of `NEEDS`."""
+    available = set()
+    if view.residual_norms is not None and view.output_norms is not None:
+        available.add("residual")
+    if view.update_norms is not None and view.unscaled_update_norms is not None:
+        available.add("update")
+    return frozenset(available)
+
+
+def compute_statistics(
+    view: AttentionView, names: Sequence[str] | None = None
+) -> dict[str, Float[Tensor, "batch head"]]:
+    """`{name: (B, H)}` (`(B, 1)` for those with one number a block) of every statistic defined for the view."""
+    available = available_needs(view)
+    with torch.no_grad():
+        return {
+            statistic.name: statistic.compute(view)
+            for statistic in select(names)
+            if statistic.undefined(view.layout, available) is None
+        }
