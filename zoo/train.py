@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import math
-import os
 import time
 from pathlib import Path
 
@@ -80,7 +79,7 @@ def train(recipe: Recipe, data: Path, out: Path) -> Path:
         seconds = time.perf_counter() - began
         state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
         torch.save(state, partial := checkpoint.with_suffix(".partial"))
-        os.replace(partial, checkpoint)
+        partial.replace(checkpoint)
         with (folder / "log.csv").open("a", newline="") as file:
             csv.writer(file).writerow([epoch + 1, f"{total / batches:.5f}", f"{seconds:.1f}"])
         print(f"{recipe.name} epoch {epoch + 1}/{recipe.epochs} loss {total / batches:.4f} {seconds:.0f} s", flush=True)

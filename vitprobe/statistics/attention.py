@@ -37,24 +37,37 @@ def _clamp_entropy(entropy: Tensor, layout: TokenLayout) -> Tensor:
     return torch.where((entropy - inside).abs() <= tolerance, inside, entropy)
 
 
-@declare("cls_self_attention", "[cls] self-attention", "share", _share, "cls", figure=3,
-         released_name="cls_cls_attention")  # fmt: skip
+@declare(
+    "cls_self_attention", "[cls] self-attention", "share", _share, "cls", figure=3, released_name="cls_cls_attention"
+)
 def cls_self_attention(view: AttentionView) -> PerHead:
     """A_00: the share of its attention that [cls] gives to itself, 0 to 1 (the paper's Figure 3)."""
     rows = view.rows
     return torch.exp(rows.self_logits[..., 0] - rows.log_z[..., 0])
 
 
-@declare("cls_self_attention_ratio", "[cls] self-attention / its attention to patches", "ratio",
-         lambda layout: (0.0, math.inf), "cls", released_name="cls_cls_attention_adj_for_cls")  # fmt: skip
+@declare(
+    "cls_self_attention_ratio",
+    "[cls] self-attention / its attention to patches",
+    "ratio",
+    lambda layout: (0.0, math.inf),
+    "cls",
+    released_name="cls_cls_attention_adj_for_cls",
+)
 def cls_self_attention_ratio(view: AttentionView) -> PerHead:
     """A_00 / S_0: what [cls] gives itself per unit that it gives the patches, 0 to ∞ (an odds, not a share)."""
     rows = view.rows
     return torch.exp(rows.self_logits[..., 0] - rows.log_z_patches[..., 0])
 
 
-@declare("cls_to_patches", "[cls] attention to a patch, mean", "share",
-         lambda layout: (0.0, 1 / layout.num_patches), "cls", released_name="cls_pos_attention")  # fmt: skip
+@declare(
+    "cls_to_patches",
+    "[cls] attention to a patch, mean",
+    "share",
+    lambda layout: (0.0, 1 / layout.num_patches),
+    "cls",
+    released_name="cls_pos_attention",
+)
 def cls_to_patches(view: AttentionView) -> PerHead:
     """(1/N) Σ_P A_0j: what [cls] gives one patch on average, 0 to 1/N."""
     rows = view.rows
@@ -69,8 +82,15 @@ def cls_to_registers(view: AttentionView) -> PerHead:
     return torch.exp(logits.logsumexp(dim=-1) - rows.log_z[..., 0])
 
 
-@declare("cls_entropy", "[cls] attention entropy over patches", "nats", _entropy, "cls", figure=4,
-         released_name="cls_pos_entropy")  # fmt: skip
+@declare(
+    "cls_entropy",
+    "[cls] attention entropy over patches",
+    "nats",
+    _entropy,
+    "cls",
+    figure=4,
+    released_name="cls_pos_entropy",
+)
 def cls_entropy(view: AttentionView) -> PerHead:
     """Entropy in nats of the [cls] row over the patches, renormalised there, 0 to log N (the paper's Figure 4)."""
     return _clamp_entropy(view.rows.entropy[..., 0], view.layout)
@@ -89,8 +109,14 @@ def patch_self_attention(view: AttentionView) -> PerHead:
     return torch.exp(rows.self_logits[..., patches] - rows.log_z[..., patches]).mean(dim=-1)
 
 
-@declare("patch_self_attention_ratio", "patch self-attention / attention to patches", "share", _share, figure=5,
-         released_name="pos_self_attention_adj_for_cls")  # fmt: skip
+@declare(
+    "patch_self_attention_ratio",
+    "patch self-attention / attention to patches",
+    "share",
+    _share,
+    figure=5,
+    released_name="pos_self_attention_adj_for_cls",
+)
 def patch_self_attention_ratio(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P A_tt / S_t: a patch's own share of what it gives to patches, 0 to 1 (the paper's Figure 5)."""
     rows, patches = view.rows, view.layout.patches
@@ -134,8 +160,12 @@ def attention_distance(view: AttentionView) -> PerHead:
     return view.rows.distance.mean(dim=-1)
 
 
-@declare("attention_distance_px", "attention distance", "px",
-         lambda layout: (0.0, layout.diagonal * math.sqrt(layout.patch_size[0] * layout.patch_size[1])))  # fmt: skip
+@declare(
+    "attention_distance_px",
+    "attention distance",
+    "px",
+    lambda layout: (0.0, layout.diagonal * math.sqrt(layout.patch_size[0] * layout.patch_size[1])),
+)
 def attention_distance_px(view: AttentionView) -> PerHead:
     """`attention_distance` times the patch size (its geometric mean where a patch is no square), in pixels."""
     height, width = view.layout.patch_size

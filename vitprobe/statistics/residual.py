@@ -27,36 +27,58 @@ def _ratio(update: Tensor | None, residual: Tensor | None) -> Float[Tensor, "bat
     return update / residual
 
 
-@declare("cls_update_ratio", "[cls]: attention update / residual", "ratio", _unbounded, "cls residual update",
-         per_head=False)  # fmt: skip
+@declare(
+    "cls_update_ratio", "[cls]: attention update / residual", "ratio", _unbounded, "cls residual update", per_head=False
+)
 def cls_update_ratio(view: AttentionView) -> PerBlock:
     """‖attention update‖ / ‖residual‖ of [cls], after LayerScale, 0 to ∞."""
     return _ratio(view.update_norms, view.residual_norms)[:, :1]
 
 
-@declare("cls_update_ratio_unscaled", "[cls]: attention update before LayerScale / residual", "ratio", _unbounded,
-         "cls residual update", per_head=False, released_name="cls_magnitude")  # fmt: skip
+@declare(
+    "cls_update_ratio_unscaled",
+    "[cls]: attention update before LayerScale / residual",
+    "ratio",
+    _unbounded,
+    "cls residual update",
+    per_head=False,
+    released_name="cls_magnitude",
+)
 def cls_update_ratio_unscaled(view: AttentionView) -> PerBlock:
     """`cls_update_ratio` before LayerScale, as the paper's released script has it."""
     return _ratio(view.unscaled_update_norms, view.residual_norms)[:, :1]
 
 
-@declare("patch_update_ratio", "patches: attention update / residual", "ratio", _unbounded, "residual update",
-         per_head=False)  # fmt: skip
+@declare(
+    "patch_update_ratio", "patches: attention update / residual", "ratio", _unbounded, "residual update", per_head=False
+)
 def patch_update_ratio(view: AttentionView) -> PerBlock:
     """Mean over patches of ‖attention update‖ / ‖residual‖, after LayerScale, 0 to ∞."""
     return _ratio(view.update_norms, view.residual_norms)[:, view.layout.patches].mean(dim=1, keepdim=True)
 
 
-@declare("patch_update_ratio_unscaled", "patches: attention update before LayerScale / residual", "ratio", _unbounded,
-         "residual update", per_head=False, released_name="pos_magnitude")  # fmt: skip
+@declare(
+    "patch_update_ratio_unscaled",
+    "patches: attention update before LayerScale / residual",
+    "ratio",
+    _unbounded,
+    "residual update",
+    per_head=False,
+    released_name="pos_magnitude",
+)
 def patch_update_ratio_unscaled(view: AttentionView) -> PerBlock:
     """`patch_update_ratio` before LayerScale, as the paper's released script has it."""
     return _ratio(view.unscaled_update_norms, view.residual_norms)[:, view.layout.patches].mean(dim=1, keepdim=True)
 
 
-@declare("patch_norm_max_ratio", "largest / median patch norm", "ratio", lambda layout: (1.0, math.inf), "residual",
-         per_head=False)  # fmt: skip
+@declare(
+    "patch_norm_max_ratio",
+    "largest / median patch norm",
+    "ratio",
+    lambda layout: (1.0, math.inf),
+    "residual",
+    per_head=False,
+)
 def patch_norm_max_ratio(view: AttentionView) -> PerBlock:
     """Largest over median norm of the patches leaving the block, 1 to ∞.
 

@@ -1,0 +1,60 @@
+"""vitprobe: exact attention diagnostics for Vision Transformers.
+
+The public names are loaded when first used, so that `import vitprobe` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name → the module that holds it; None where the name is itself a module.
+_HOME = {
+    "Profile": "vitprobe.profile.profile",
+    "UserError": "vitprobe.errors",
+    "analyze": "vitprobe.profile.analysis",
+    "capture": "vitprobe.hooks.capture",
+    "figures": None,
+    "list_models": "vitprobe.models.registry",
+    "load_model": "vitprobe.models.loading",
+    "open_images": "vitprobe.data.sources",
+    "statistics": None,
+}
+
+__all__ = [
+    "Profile",
+    "UserError",
+    "__version__",
+    "analyze",
+    "capture",
+    "figures",
+    "list_models",
+    "load_model",
+    "open_images",
+    "statistics",
+]
+
+if TYPE_CHECKING:
+    from vitprobe import figures, statistics
+    from vitprobe.data.sources import open_images
+    from vitprobe.errors import UserError
+    from vitprobe.hooks.capture import capture
+    from vitprobe.models.loading import load_model
+    from vitprobe.models.registry import list_models
+    from vitprobe.profile.analysis import analyze
+    from vitprobe.profile.profile import Profile
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vitprobe' has no attribute {name!r}")
+    home = _HOME[name]
+    value = import_module(f"vitprobe.{name}") if home is None else getattr(import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

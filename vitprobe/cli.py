@@ -1,0 +1,245 @@
+"""The command line: parse, call, print. Torch and the rest are imported only by the command that needs them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import vitprobe
+from vitprobe.errors import UserError
+
+if TYPE_CHECKING:
+    from vitprobe.profile.profile import Profile
+
+BUNDLED = ("mae_vit_nano", "supervised_vit_nano")
+
+
+class Commands(click.Group):
+    """A group whose errors are one line each: exit status 2 for the user's mistake, 130 for Ctrl-C."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line and exit."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            sys.exit(code if isinstance(code, int) else 0)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(2)
+        except click.ClickException as error:
+            context = getattr(error, "ctx", None)
+            hint = f" (see {context.command_path} --help)" if context is not None else ""
+            click.echo(f"Error: {error.format_message()}{hint}", err=True)
+            sys.exit(2)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            sys.exit(130)
+        except BrokenPipeError:  # the reader (head, less) has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(vitprobe.__version__, prog_name="vitprobe")
+def main() -> None:
+    """Exact attention diagnostics for Vision Transformers.
+
+    Start with `vitprobe analyze`: it diagnoses the bundled models on packaged photographs, offline.
+    """
+
+
+@main.command()
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="An alias (vitprobe models), any timm name, or hf-hub:…; repeat for several.  [the bundled models]",
+)
+@click.option(
+    "--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Weights for --model, or for --arch."
+)
+@click.option("--arch", metavar="NAME", help="The architecture of --checkpoint: an alias or a timm architecture.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A folder, a tar or one image.  [packaged photographs]",
+)
+@click.option("--num-images", type=click.IntRange(min=1), metavar="N", help="Analyse N images, drawn at random.  [all]")
+@click.option("--img-size", type=click.IntRange(min=1), metavar="S", help="Input size in pixels.  [the model's own]")
+@click.option(
+    "--transform",
+    type=click.Choice(["model", "paper"]),
+    default="model",
+    show_default=True,
+    help="The model's own preprocessing, or the paper's.",
+)
+@click.option("--statistic", "statistics", multiple=True, metavar="NAME", help="Only this one; repeatable.  [all]")
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="B", help="Images a batch.  [sized to memory]")
+@click.option("--workers", type=click.IntRange(min=0), metavar="W", help="Reading processes.  [chosen for the machine]")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …  [a GPU where there is one]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawing of images.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The run's folder; for several models it holds a folder each.  [runs/<model>-<time>]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a run that is in --out already.")
+def analyze(
+    models: tuple[str, ...], checkpoint: Path | None, arch: str | None, out: Path | None, **options: Any
+) -> None:
+    """Measure how attention flows in a model; print a table and a verdict, draw the paper's figures.
+
+    The main line: vitprobe analyze --model mae_vit_b --data DIR --num-images 500
+    """
+    names = _names(models, checkpoint, arch)
+    folders = _folders(names, out)
+    from vitprobe.models.loading import load_model
+    from vitprobe.profile.analysis import analyze as run
+    from vitprobe.profile.folder import check_output
+
+    for folder in folders:  # all of them, before any work
+        check_output(folder, options["overwrite"])
+    statistics = options.pop("statistics") or None
+    profiles = []
+    for name, folder in zip(names, folders, strict=True):
+        loaded = load_model(name, checkpoint=checkpoint if models else None, arch=arch, img_size=options["img_size"])
+        try:
+            profiles.append(run(loaded, statistics=statistics, out=folder, **options))
+        except KeyboardInterrupt:
+            _say_what_is_left(folder)
+            raise
+    from vitprobe.figures import save_paper_figures
+
+    for profile in profiles:
+        click.echo(f"\n{_table(profile)}\n\n{profile.diagnosis()}")
+        _say_skipped(profile)
+    root = folders[0] if len(folders) == 1 else folders[0].parent
+    drawn = save_paper_figures(profiles, root / "figures")
+    if drawn:
+        click.echo(f"\nfigures: {root / 'figures'} ({', '.join(path.name for path in drawn if path.suffix == '.pdf')})")
+    click.echo(f"{'run' if len(folders) == 1 else 'runs'}: {', '.join(str(folder) for folder in folders)}")
+
+
+@main.command("models")
+@click.argument("words", nargs=-1)
+@click.option("--paradigm", metavar="NAME", help="Only MIM, JEA, hybrid, supervised or VLM.")
+def list_models(words: tuple[str, ...], paradigm: str | None) -> None:
+    """List the models that have an alias (any timm name works too); WORDS filter them."""
+    from vitprobe.models.registry import list_models as listed
+
+    table = listed(" ".join(words) or None, paradigm=paradigm)
+    if table.empty:
+        raise UserError(f"no model matches {' '.join(words)!r}; vitprobe models lists them all")
+    shown = table[["name", "method", "paradigm", "architecture", "licence", "status"]]
+    click.echo(shown.to_string(index=False, justify="left", formatters=_left_aligned(shown)))
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("figures"),
+    show_default=True,
+    metavar="DIR",
+    help="The folder to write to.",
+)
+@click.option(
+    "--statistic",
+    "statistics",
+    multiple=True,
+    metavar="NAME",
+    help="Draw this statistic; repeatable.  [the paper's figures 3, 4 and 5]",
+)
+def figures(runs: tuple[Path, ...], out: Path, statistics: tuple[str, ...]) -> None:
+    """Draw RUNS (folders that analyze wrote) together, as PDF, SVG and PNG."""
+    from vitprobe.figures import save_figure, save_paper_figures, statistic
+    from vitprobe.profile.profile import Profile
+
+    profiles = [Profile.load(run) for run in runs]
+    if statistics:
+        drawn = [path for name in statistics for path in save_figure(statistic(profiles, name), out / name)]
+    else:
+        drawn = save_paper_figures(profiles, out)
+    for path in drawn:
+        click.echo(path)
+
+
+def _names(models: tuple[str, ...], checkpoint: Path | None, arch: str | None) -> list[str]:
+    """What to load: the models, else the checkpoint, else the bundled ones."""
+    if checkpoint is not None and len(models) > 1:
+        raise UserError("--checkpoint fits one --model; run vitprobe analyze once for each checkpoint")
+    if checkpoint is None and arch is not None:
+        raise UserError("--arch says what a --checkpoint is; give --checkpoint FILE too, or --model NAME instead")
+    if models:
+        return list(models)
+    return [str(checkpoint)] if checkpoint is not None else list(BUNDLED)
+
+
+def _folders(names: list[str], out: Path | None) -> list[Path]:
+    """A run's folder for each model."""
+    plain = ["".join(c if c.isalnum() or c in "._-" else "_" for c in Path(name).name) for name in names]
+    if len(set(plain)) < len(plain):
+        raise UserError("a --model was given twice; give each once")
+    time = datetime.now().strftime("%Y%m%d-%H%M%S")
+    if len(names) == 1:
+        return [out or Path("runs") / f"{plain[0]}-{time}"]
+    return [(out or Path("runs") / f"{len(names)}-models-{time}") / name for name in plain]
+
+
+def _table(profile: Profile) -> str:
+    """The main statistics of each block with their intervals, for the screen."""
+    from vitprobe.profile.profile import SUMMARY
+    from vitprobe.statistics import STATISTICS
+
+    shown = [name for name in SUMMARY if name in profile.statistics]
+    table = profile.table(shown)
+    table = table[table["head"].isna()]
+    columns = {"block": [str(block) for block in range(profile.num_blocks)]}
+    for name in shown:
+        rows = table[table["statistic"] == name]
+        columns[name] = [
+            f"{row.mean_:.3f}" + (f" [{row.ci_low:.3f}, {row.ci_high:.3f}]" if row.interval != "none" else "")
+            for row in rows.rename(columns={"mean": "mean_"}).itertuples()
+        ]
+    widths = {name: max(len(name), *map(len, cells)) for name, cells in columns.items()}
+    lines = ["  ".join(name.ljust(width) for name, width in widths.items())]
+    for row in zip(*columns.values(), strict=True):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths.values(), strict=True)))
+    n = int(table["n"].iloc[0])
+    count = f"{profile.num_images} images" + (f" in {n} independent groups" if n != profile.num_images else "")
+    title = f"{profile.name} ({profile.paradigm}), {count}; mean over heads [95 % interval]"
+    units = "; ".join(f"{name}: {STATISTICS[name].label}" for name in shown)
+    return "\n".join([title, *(line.rstrip() for line in lines), units])
+
+
+def _left_aligned(table: Any) -> dict[str, Any]:
+    """Formatters that pad each column on the right."""
+    widths = {name: int(table[name].str.len().max()) for name in table.columns}
+    return {name: (lambda cell, width=width: cell.ljust(width)) for name, width in widths.items()}
+
+
+def _say_skipped(profile: Profile) -> None:
+    skipped = profile.manifest["data"]["skipped"]
+    if skipped:
+        click.echo(
+            f"  skipped {len(skipped)} image(s) that could not be read; the first: {skipped[0]['name']} "
+            f"({skipped[0]['reason']}); all are named in manifest.json",
+            err=True,
+        )
+
+
+def _say_what_is_left(folder: Path) -> None:
+    if (folder / "manifest.json").is_file():
+        click.echo(f"finished shards are in {folder}; vitprobe figures {folder} reads them", err=True)
+
+
+if __name__ == "__main__":
+    main()

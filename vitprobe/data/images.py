@@ -1,0 +1,274 @@
+"""The kinds of image sources, all one `Images`: files, a tar, lists and tensors in memory, a DataLoader."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from vitprobe.data.decoding import BadImageError, convert, decode
+from vitprobe.errors import UserError
+
+Groups = Sequence[Any] | Callable[[str], Any] | None
+
+
+class Images(ABC):
+    """Images that can be read one by one, by position; safe to pickle and to read from several processes.
+
+    Attributes:
+        source: where they come from, to print.
+        names: one distinct, printable, stable name an image (the path inside its folder or tar; else a number).
+        groups: what each image was taken from - the unit of every interval; by default the image's own name.
+    """
+
+    def __init__(self, source: str, names: Iterable[str], groups: Groups = None) -> None:
+        self.source = printable(source)
+        self.names = _distinct(names)
+        self.groups = resolve_groups(self.names, groups)
+
+    def __len__(self) -> int:
+        """How many images there are, readable or not."""
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, index: int) -> Image.Image | Float[Tensor, "3 height width"]:
+        """The image at a position: an RGB picture, or a tensor that is normalised already.
+
+        Raises:
+            BadImageError: where it cannot be read.
+        """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 over names and byte sizes (files) or contents (memory); empty where only reading all would tell."""
+
+
+class FileImages(Images):
+    """Image files, read when asked for."""
+
+    def __init__(self, source: str, paths: Sequence[Path], names: Iterable[str], groups: Groups = None) -> None:
+        super().__init__(source, names, groups)
+        self.paths = list(paths)
+
+    def read(self, index: int) -> Image.Image:
+        """The picture in a file, as RGB."""
+        return _read_file(self.paths[index], self.names[index])
+
+    def fingerprint(self) -> str:
+        """sha256 over names and byte sizes."""
+        return _digest(f"{name}\0{_size(path)}" for name, path in zip(self.names, self.paths, strict=True))
+
+
+class TarImages(Images):
+    """Image files in a plain tar (also in tars inside it), each read from its place without unpacking.
+
+    Every read opens the tar anew: a handle shared with forked workers would share its position too.
+    """
+
+    def __init__(
+        self, path: Path, places: Sequence[tuple[int, int]], names: Iterable[str], groups: Groups = None
+    ) -> None:
+        super().__init__(str(path), names, groups)
+        self.path = path
+        self.places = list(places)
+
+    def read(self, index: int) -> Image.Image:
+        """The picture in a member of the tar, as RGB."""
+        start, size = self.places[index]
+        name = self.names[index]
+        try:
+            with self.path.open("rb") as tar:
+                tar.seek(start)
+                content = tar.read(size)
+        except OSError as error:
+            raise BadImageError(name, f"its tar cannot be read: {error.strerror or error}") from error
+        return decode(BytesIO(content), name)
+
+    def fingerprint(self) -> str:
+        """sha256 over names and byte sizes."""
+        return _digest(f"{name}\0{size}" for name, (_, size) in zip(self.names, self.places, strict=True))
+
+
+class ListImages(Images):
+    """A list of paths, pictures and float tensors (3, H, W), also mixed."""
+
+    def __init__(self, items: Sequence[Path | Image.Image | Tensor], groups: Groups = None) -> None:
+        names = (item.as_posix() if isinstance(item, Path) else str(i) for i, item in enumerate(items))
+        super().__init__(f"a list of {len(items)} images", names, groups)
+        self.items = list(items)
+
+    def read(self, index: int) -> Image.Image | Float[Tensor, "3 height width"]:
+        """The item: a path decoded, a picture as RGB, a tensor as it is."""
+        item, name = self.items[index], self.names[index]
+        if isinstance(item, Path):
+            return _read_file(item, name)
+        if isinstance(item, Tensor):
+            return item
+        return convert(item, name)
+
+    def fingerprint(self) -> str:
+        """sha256 over names, and sizes of files or contents of the rest."""
+        return _digest(
+            part for name, item in zip(self.names, self.items, strict=True) for part in (name, *_parts(item))
+        )
+
+
+class TensorImages(Images):
+    """One float tensor (n, 3, H, W), normalised already."""
+
+    def __init__(self, pixels: Float[Tensor, "n 3 height width"], groups: Groups = None) -> None:
+        super().__init__(f"a tensor of shape {tuple(pixels.shape)}", map(str, range(len(pixels))), groups)
+        self.pixels = pixels
+
+    def read(self, index: int) -> Float[Tensor, "3 height width"]:
+        """The image as it is."""
+        return self.pixels[index]
+
+    def fingerprint(self) -> str:
+        """sha256 over the tensor's type, shape and values."""
+        return _digest(_parts(self.pixels))
+
+
+class LoaderImages(Images):
+    """The images that a torch DataLoader gives, in its own order: for `loading.iterate_loader`, not for `read`.
+
+    Names are running numbers. `names`, `groups` and `len()` cover the images that the loader announces; they are empty,
+    and `len()` raises TypeError as it does for the loader, where it announces none (`announced` is None).
+    """
+
+    def __init__(self, loader: DataLoader, groups: Groups = None) -> None:
+        self.announced = _announced(loader)
+        if self.announced is None and groups is not None and not callable(groups):
+            raise UserError(
+                "the DataLoader does not tell how many images it gives, so groups cannot be a list: "
+                "give a function from the running number (a string) to the group"
+            )
+        super().__init__("a DataLoader", map(str, range(self.announced or 0)), groups)
+        self.loader = loader
+        self.group_function = groups if callable(groups) else None
+
+    def __len__(self) -> int:
+        """How many images the loader announces."""
+        if self.announced is None:
+            raise TypeError("the DataLoader does not tell how many images it gives")
+        return self.announced
+
+    def group(self, index: int) -> str:
+        """The group of the image that came at a position."""
+        if index < len(self.groups):
+            return self.groups[index]
+        return str(self.group_function(str(index))) if self.group_function else str(index)
+
+    def read(self, index: int) -> Image.Image:
+        """Refused: a DataLoader is read in its own order.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            f"a DataLoader gives its images in its own order, so image {index} cannot be read alone: "
+            f"give the data set's folder or a list"
+        )
+
+    def fingerprint(self) -> str:
+        """Empty: only reading all would tell."""
+        return ""
+
+
+def _announced(loader: DataLoader) -> int | None:
+    """How many images a loader will give, where it says so."""
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
+        return None
+    try:
+        return len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def resolve_groups(names: list[str], groups: Groups) -> list[str]:
+    """One group an image, from what the user gave.
+
+    Raises:
+        UserError: for a string, or a list of another length.
+    """
+    if groups is None:
+        return list(names)
+    if callable(groups):
+        return [str(groups(name)) for name in names]
+    if isinstance(groups, str):
+        raise UserError(
+            f"groups is one string, {groups!r}: give a list with a group an image, or a function of its name"
+        )
+    if len(groups) != len(names):
+        raise UserError(f"groups has {len(groups)} entries for {len(names)} images: give one an image")
+    return [str(group) for group in groups]
+
+
+def _read_file(path: Path, name: str) -> Image.Image:
+    try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise BadImageError(name, "no such file" if not path.exists() else "not a regular file")
+        with path.open("rb") as file:
+            return decode(file, name)
+    except OSError as error:
+        raise BadImageError(name, f"cannot be opened: {error.strerror or error}") from error
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where it is gone."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _parts(item: Path | Image.Image | Tensor) -> Iterator[str | bytes]:
+    """What tells an item from another."""
+    if isinstance(item, Path):
+        yield str(_size(item))
+    elif isinstance(item, Tensor):
+        yield f"{item.dtype} {tuple(item.shape)}"
+        yield item.contiguous().view(torch.uint8).numpy().tobytes()
+    else:
+        yield str(item.size)
+        try:
+            yield convert(item, "").tobytes()
+        except BadImageError as error:
+            yield error.reason
+
+
+def _digest(parts: Iterable[str | bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        digest.update(len(content).to_bytes(8, "big"))  # so that "a", "bc" differs from "ab", "c"
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def printable(name: str) -> str:
+    """A name without line breaks and bytes that are no text, which a message or a manifest could not hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Printable names, a second "a" called "a#2"."""
+    last: dict[str, int] = {}  # the number that each name was last given
+    result: list[str] = []
+    for name in map(printable, names):
+        distinct = name
+        while distinct in last:
+            last[name] += 1
+            distinct = f"{name}#{last[name]}"
+        last[distinct] = 1
+        result.append(distinct)
+    return result

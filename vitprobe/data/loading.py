@@ -1,0 +1,245 @@
+"""Batches of images, with the bad ones dropped and reported - never replaced."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from vitprobe.data.sources import BadImageError, Images, LoaderImages
+from vitprobe.errors import UserError
+
+FEW_IMAGES = 256  # below it, starting workers takes longer than they save
+MOST_WORKERS = 8
+BATCH_KEYS = ("pixel_values", "image", "images")
+
+
+@dataclass
+class Batch:
+    """Images for one forward pass, and those of the same stretch that could not be read.
+
+    Attributes:
+        pixels: the readable images (none where all were bad).
+        indices: their positions in the source.
+        names: their names.
+        groups: what each was taken from.
+        skipped: name and reason of each bad image.
+    """
+
+    pixels: Float[Tensor, "batch 3 height width"]
+    indices: list[int]
+    names: list[str]
+    groups: list[str]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """How many images can be used."""
+        return len(self.indices)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (a torch DataLoader calls this)."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
+
+@dataclass
+class _Item:
+    """What a worker made of one image: a tensor, or the reason why not."""
+
+    index: int
+    name: str
+    group: str
+    result: Any
+
+
+class _Items(Dataset):
+    """The images at some positions, read and transformed; errors come back as values, not raised.
+
+    torch wraps what a worker raises into lines of traceback, which would bury our one line.
+    """
+
+    def __init__(self, images: Images, order: Sequence[int], transform: Callable[[Any], Tensor]) -> None:
+        self.images, self.order, self.transform = images, [int(index) for index in order], transform
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, position: int) -> _Item:
+        index = self.order[position]
+        try:
+            image = self.images.read(index)
+            result = image if isinstance(image, Tensor) else self.transform(image)
+        except BadImageError as error:
+            result = error
+        return _Item(index, self.images.names[index], self.images.groups[index], result)
+
+
+def iterate(
+    images: Images,
+    order: Sequence[int],
+    transform: Callable[[Any], Tensor],
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    start_method: str | None = None,
+) -> Iterator[Batch]:
+    """The images at the positions in `order`, in batches.
+
+    Args:
+        images: the source.
+        order: positions in it.
+        transform: from an RGB picture to a float tensor (3, height, width); images that are tensors already pass it by.
+        batch_size: images a batch, at least 1; bad images leave a batch smaller (possibly empty).
+        workers: processes that read ahead; 0 reads here.
+        pin_memory: put the pixels into page-locked memory, for copies to a GPU.
+        start_method: how workers start ("fork", "spawn", "forkserver"); by default as Python does.
+
+    Raises:
+        UserError: for images of different sizes, a transform that gives no image, or workers that die.
+    """
+    if batch_size < 1 or workers < 0:
+        raise UserError(f"batch size {batch_size} with {workers} workers cannot be: at least 1, and 0 workers or more")
+    loader = DataLoader(
+        _Items(images, order, transform),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=partial(_collate, empty_size=getattr(transform, "size", (0, 0))),
+        pin_memory=pin_memory,
+        multiprocessing_context=start_method if workers else None,
+        generator=torch.Generator(),  # its own, or each pass would advance the caller's random numbers
+    )
+    return _same_size(_survive(loader))
+
+
+def iterate_loader(loader: DataLoader | LoaderImages) -> Iterator[Batch]:
+    """The batches of a user's DataLoader, whose images are normalised already.
+
+    A batch may be a tensor (n, 3, height, width), a tuple or list that begins with it, or a dict with it under
+    "pixel_values", "image" or "images". Names are running numbers.
+
+    Raises:
+        UserError: for anything else, or images of different sizes.
+    """
+    images = loader if isinstance(loader, LoaderImages) else LoaderImages(loader)
+    return _same_size(_loader_batches(images))
+
+
+def default_workers(n_images: int, cores: int | None = None) -> int:
+    """How many processes should read ahead: 0 for few images, else one core less than there are, 1 to 8."""
+    if n_images < FEW_IMAGES:
+        return 0
+    if cores is None:
+        # the cores this process may use: on a cluster fewer than the machine has
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores - 1, MOST_WORKERS))
+
+
+def _collate(items: list[_Item], empty_size: tuple[int, int]) -> Batch | UserError:
+    """A batch of the good items; an error is handed over as a value (see `_Items`)."""
+    good = [item for item in items if isinstance(item.result, Tensor)]
+    bad = [item for item in items if isinstance(item.result, BadImageError)]
+    pixels: list[Tensor] = []
+    for item in items:
+        image = item.result
+        if isinstance(image, BadImageError):
+            continue
+        if not isinstance(image, Tensor):
+            return _not_an_image(item, f"a {type(image).__name__}")
+        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+            return _not_an_image(item, _described(image))
+        pixels.append(image)
+        if image.shape != pixels[0].shape:
+            return _size_error(item.name, image, pixels[0])
+    return Batch(
+        pixels=torch.stack(pixels).float() if pixels else torch.zeros(0, 3, *empty_size),
+        indices=[item.index for item in good],
+        names=[item.name for item in good],
+        groups=[item.group for item in good],
+        skipped=[(item.name, item.result.reason) for item in bad],
+    )
+
+
+def _survive(loader: DataLoader) -> Iterator[Batch]:
+    """A loader's batches; errors handed over by workers raised, and the death of a worker told in one line."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches, None)
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed" in str(error)):
+                raise UserError(
+                    "a process that reads images died (most often memory or shared memory ran out): "
+                    "use fewer workers, 0 to read in the main process, or smaller batches"
+                ) from error
+            raise
+        if batch is None:
+            return
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _loader_batches(images: LoaderImages) -> Iterator[Batch]:
+    start = 0
+    for given in images.loader:
+        pixels = _pixels(given)
+        indices = list(range(start, start + len(pixels)))
+        start += len(pixels)
+        yield Batch(
+            pixels=pixels.float(),
+            indices=indices,
+            names=[str(index) for index in indices],
+            groups=[images.group(index) for index in indices],
+        )
+
+
+def _pixels(given: Any) -> Float[Tensor, "batch 3 height width"]:
+    """The images in what a user's DataLoader gave."""
+    came = f"a {type(given).__name__}"
+    found: Any = given
+    if isinstance(given, Mapping):
+        came = f"a dict with the keys {', '.join(map(repr, given))}"
+        found = next((given[key] for key in BATCH_KEYS if key in given), None)
+    elif isinstance(given, list | tuple):
+        came = f"a {type(given).__name__} of {', '.join(type(part).__name__ for part in given) or 'nothing'}"
+        found = given[0] if given else None
+    if isinstance(found, Tensor):
+        if found.ndim == 4 and found.shape[1] == 3 and found.is_floating_point():
+            return found.detach()
+        came = _described(found)
+    raise UserError(
+        f"the DataLoader gave {came}: a batch is a float tensor (n, 3, height, width), normalised for the model, "
+        f"a tuple or list that begins with it, or a dict with it under {', '.join(map(repr, BATCH_KEYS))}"
+    )
+
+
+def _same_size(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Batches as they come, as long as all images have one size: another size would be another number of tokens."""
+    first: Tensor | None = None
+    for batch in batches:
+        if len(batch):
+            first = batch.pixels[0] if first is None else first
+            if batch.pixels.shape[1:] != first.shape:
+                raise _size_error(batch.names[0], batch.pixels[0], first)
+        yield batch
+
+
+def _size_error(name: str, image: Tensor, first: Tensor) -> UserError:
+    return UserError(
+        f"image {name} is {image.shape[-2]}×{image.shape[-1]} pixels where those before it are "
+        f"{first.shape[-2]}×{first.shape[-1]}: give images of one size, or files and PIL images, which are resized"
+    )
+
+
+def _not_an_image(item: _Item, came: str) -> UserError:
+    return UserError(f"the transform made {came} of image {item.name}: it must give a float tensor (3, height, width)")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"a tensor of {str(tensor.dtype).removeprefix('torch.')} with the shape {tuple(tensor.shape)}"

@@ -1,0 +1,142 @@
+"""The drawing of curves on axes: lines, bands, the maximum where there is one, and limits that read the bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from vitprobe.figures.captions import add_below, set_axis_labels
+from vitprobe.figures.curves import Curve
+from vitprobe.figures.style import NOTE_SIZE, Look, looks, paradigm_look
+from vitprobe.statistics import Statistic
+
+
+def draw(
+    ax: Axes,
+    entry: Statistic,
+    curves: Sequence[Curve],
+    missing: Sequence[tuple[str, str]],
+    *,
+    bands: bool,
+    heads: bool,
+    own: bool,
+) -> None:
+    """Draw curves, maxima, axis labels, legend and note; call it inside `style()`.
+
+    Args:
+        ax: the axes to draw on.
+        entry: the statistic.
+        curves: one a model that has it.
+        missing: name and reason of each model that has not.
+        bands: whether to draw the intervals.
+        heads: whether to add a thin line a head.
+        own: whether the figure is ours, so that it may grow by what stands under its axes.
+    """
+    relative = len({curve.num_blocks for curve in curves}) > 1
+    handles = []
+    for curve, look in zip(curves, looks([curve.paradigm for curve in curves]), strict=True):
+        if heads:
+            for rows in curve.heads.values():
+                ax.plot(_x(curve, rows, relative), rows["center"].to_numpy(float), color=look.color,
+                        linestyle=look.linestyle, linewidth=0.5, alpha=0.4, label="_head", zorder=1.8)  # fmt: skip
+        if bands and curve.has_interval:
+            _band(ax, curve, look, relative)
+        handles.append(_line(ax, curve, look, relative))
+
+    maxima = _maxima(entry, curves)
+    _set_limits(ax, entry, curves, maxima)
+    for value, label in maxima.items():
+        _maximum_line(ax, value, label)
+    if not relative:
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    mean = "geometric mean" if any(curve.is_geometric for curve in curves) else "mean"
+    unit = entry.unit if mean == "mean" else f"{mean}, {entry.unit}"
+    set_axis_labels(ax, "relative depth (0: first block, 1: last)" if relative else "block", f"{entry.label} ({unit})")
+    height = add_below(ax, handles, _notes(curves, missing, mean, bands, heads))
+    if own:
+        ax.figure.set_size_inches(ax.figure.get_figwidth(), ax.figure.get_figheight() + height)  # pyright: ignore
+
+
+def _line(ax: Axes, curve: Curve, look: Look, relative: bool) -> Line2D:
+    words = paradigm_look(curve.paradigm).words
+    label = f"{curve.name} ({words})" if words else curve.name
+    (line,) = ax.plot(
+        _x(curve, curve.rows, relative), curve.rows["center"].to_numpy(float), color=look.color, label=label,
+        linestyle=look.linestyle, marker=look.marker, markerfacecolor=look.markerfacecolor, markersize=3.2,
+        markeredgewidth=0.8, zorder=2.5,
+    )  # fmt: skip
+    return line
+
+
+def _band(ax: Axes, curve: Curve, look: Look, relative: bool) -> None:
+    """The interval: a band over blocks, or a bar where there is one block alone."""
+    x = _x(curve, curve.rows, relative)
+    low, high = curve.rows["ci_low"].to_numpy(float), curve.rows["ci_high"].to_numpy(float)
+    if len(x) == 1:
+        ax.vlines(x, low, high, color=look.color, linewidth=1.0, label="_interval")
+    else:
+        ax.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0, label="_interval", zorder=1.6)
+
+
+def _x(curve: Curve, rows: pd.DataFrame, relative: bool) -> np.ndarray:
+    blocks = rows["block"].to_numpy(float)
+    return blocks / max(1, curve.num_blocks - 1) if relative else blocks
+
+
+def _maxima(entry: Statistic, curves: Sequence[Curve]) -> dict[float, str]:
+    """Height → words of the maxima worth a line: log N of entropies, a line a number of patches, or their share's 1."""
+    if entry.unit == "nats":
+        layouts = {curve.layout.num_patches: curve.layout for curve in curves}
+        return {
+            entry.bounds(layout)[1]: f"maximum: log {patches} = {entry.bounds(layout)[1]:.2f}"
+            for patches, layout in sorted(layouts.items())
+        }
+    if entry.name.endswith("entropy_share"):
+        return {entry.bounds(curves[0].layout)[1]: "maximum: uniform over the patches"}
+    return {}
+
+
+def _maximum_line(ax: Axes, value: float, label: str) -> None:
+    ax.axhline(value, color="#555555", linewidth=0.8, linestyle=(0, (5, 3)), label="_maximum", zorder=1.4)
+    ax.annotate(
+        label, xy=(1, value), xycoords=("axes fraction", "data"), xytext=(0, 1.5), textcoords="offset points",
+        ha="right", va="bottom", fontsize=NOTE_SIZE, color="#444444", zorder=1.4,
+    )  # fmt: skip
+
+
+def _set_limits(ax: Axes, entry: Statistic, curves: Sequence[Curve], maxima: dict[float, str]) -> None:
+    """Limits of y from the statistic's bounds: shares and distances from 0, entropies up to log N, ratios log-scaled.
+
+    An entropy's axis starts under its lowest value rather than at 0: what is read off is the distance to the maximum.
+    """
+    if not entry.bounded:
+        ax.set_yscale("log")
+        return
+    lowest = min(entry.bounds(curve.layout)[0] for curve in curves)
+    bottom, top = ax.get_ylim()
+    bottom = max(lowest, bottom) if entry.unit == "nats" else lowest
+    if maxima:
+        top = max(maxima) + 0.1 * (max(maxima) - bottom)  # room for the words over the line
+    ax.set_ylim(bottom, top)
+
+
+def _notes(
+    curves: Sequence[Curve], missing: Sequence[tuple[str, str]], mean: str, bands: bool, heads: bool
+) -> list[str]:
+    """What a reader must know: what bands and thin lines are, and which model is left out and why."""
+    notes = []
+    if bands and any(curve.has_interval for curve in curves):
+        notes.append(f"bands: 95 % interval of the {mean} over images")
+    without = [curve.name for curve in curves if not curve.has_interval]
+    if bands and without:
+        notes.append(f"no interval (fewer than two independent images): {', '.join(without)}")
+    if heads and any(curve.heads for curve in curves):
+        notes.append("thin lines: single heads")
+    if missing:
+        notes.append("not shown: " + "; ".join(f"{name} ({reason})" for name, reason in missing))
+    return notes

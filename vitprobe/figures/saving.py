@@ -1,0 +1,87 @@
+"""Figures to files: PDF and SVG with their text as text, PNG at 300 dpi, the same bytes each time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vitprobe.errors import UserError
+from vitprobe.figures.curves import ProfileLike, as_list, read_curves
+from vitprobe.figures.drawing import draw
+from vitprobe.figures.style import plain_axes, style
+from vitprobe.statistics import STATISTICS
+
+# Format → its metadata: no date of creation, so that the same figure is the same file.
+FORMATS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
+
+PAPER_FIGURES = {
+    "figure3_cls_self_attention": "cls_self_attention",
+    "figure4_cls_entropy": "cls_entropy",
+    "figure5_patch_self_attention": "patch_self_attention_ratio",
+}
+
+
+def save_figure(ax_or_figure: Axes | Figure, stem: str | Path) -> list[Path]:
+    """Write `stem`.pdf, `stem`.svg and `stem`.png (300 dpi), making the folder; gives the three paths.
+
+    Each file appears whole or not at all, and the same figure gives the same bytes.
+
+    Raises:
+        UserError: if a file cannot be written (a full disk, no permission).
+    """
+    figure = ax_or_figure.figure if isinstance(ax_or_figure, Axes) else ax_or_figure
+    figure = figure.canvas.figure  # of a subfigure: the whole figure
+    stem = Path(stem)
+    contents = {stem.with_name(f"{stem.name}.{kind}"): _render(figure, kind) for kind in FORMATS}
+    for path, content in contents.items():
+        _write(path, content)
+    return list(contents)
+
+
+def save_paper_figures(profiles: ProfileLike | Sequence[ProfileLike], out: str | Path) -> list[Path]:
+    """Write Figures 3, 4 and 5 of the paper (arXiv 2412.03215) for these profiles into the folder `out`, made if need be.
+
+    Gives the paths written. A figure that none of the models has (Figures 3 and 4 without a [cls] token) is left out.
+
+    Raises:
+        UserError: if there is no profile, or a file cannot be written.
+    """
+    profiles = as_list(profiles)
+    written = []
+    for stem, name in PAPER_FIGURES.items():
+        curves, missing = read_curves(profiles, name)
+        if curves:
+            with style():
+                ax = plain_axes()
+                draw(ax, STATISTICS[name], curves, missing, bands=True, heads=False, own=True)
+            written += save_figure(ax, Path(out) / stem)
+    return written
+
+
+def _render(figure: Figure, kind: str) -> bytes:
+    buffer = BytesIO()
+    # Our own figures keep their exact width. One without a layout engine would cut off the legend under its axes.
+    box = "tight" if figure.get_layout_engine() is None else None
+    with style():
+        figure.savefig(buffer, format=kind, dpi=300, metadata=FORMATS[kind], bbox_inches=box)
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write the file under another name in its folder first, then rename it: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise UserError(f"cannot write {path}: {reason}; make room there or give another folder") from error

@@ -1,0 +1,220 @@
+"""Weights that are not on this machine yet: where they lie, whether they are cached, and fetching them.
+
+Needs neither torch nor timm until something is downloaded from a plain address. What is cached is used without any
+request. Before a download one request asks, for at most `PATIENCE` seconds, whether the other side answers at all: the
+hub client's own retries take far longer than a user without a network wants to wait.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+import threading
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from vitprobe.errors import UserError
+from vitprobe.models.entries import ADDRESSES, ModelSpec
+
+PATIENCE = 2.5  # seconds for name look-up, connection and first answer together
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order of preference
+WAY_OUT = "give the weights with --checkpoint FILE, or use a bundled model (--model mae_vit_nano)"
+# What a gateway answers when it cannot reach the host behind it, or wants a password first.
+_GATEWAY_TROUBLE = (407, 502, 503, 504)
+
+
+def hub_repository(source: str) -> str | None:
+    """The Hugging Face repository (`owner/name` or `owner/name@revision`) of a spec's source; None where it has none."""
+    kind, _, name = source.partition(":")
+    if kind == "hf-hub":
+        return name
+    if kind != "timm" or source in ADDRESSES:
+        return None
+    # The same weights with another activation: timm keeps one repository for both.
+    return "timm/" + name.replace("_clip_quickgelu_", "_clip_")
+
+
+def cached_weights(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path | None:
+    """The first of `filenames` that the local Hugging Face cache holds; asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _, revision = repository.partition("@")
+    for filename in filenames:
+        try:
+            found = try_to_load_from_cache(name, filename, revision=revision or None)
+        except ValueError:  # not a repository's name
+            return None
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def address_path(address: str) -> Path:
+    """Where torch.hub (and timm) keep the file of a plain address."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")  # noqa: PTH118 - "~" is expanded below
+    return Path(home).expanduser() / "hub" / "checkpoints" / Path(urlsplit(address).path).name
+
+
+def is_downloaded(spec: ModelSpec) -> bool:
+    """Whether a model's weights are in a local cache; asks no network."""
+    if spec.source in ADDRESSES:
+        return address_path(ADDRESSES[spec.source]).is_file()
+    repository = hub_repository(spec.source)
+    return repository is not None and cached_weights(repository) is not None
+
+
+def require_weights(spec: ModelSpec) -> None:
+    """Returns at once where a model's weights are here, or after one answer from where they would come.
+
+    The command line calls this before it imports torch, so that a missing network costs seconds.
+
+    Raises:
+        UserError: for weights that are neither cached nor to be had.
+    """
+    if is_downloaded(spec):
+        return
+    if spec.source in ADDRESSES:
+        _require_answer(ADDRESSES[spec.source], spec.name)
+    elif repository := hub_repository(spec.source):
+        _require_hub(repository)
+
+
+def fetch_from_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path:
+    """The local path of the first of `filenames` that a repository has; cached files first, without any request.
+
+    Raises:
+        UserError: where it cannot be had: no network, no such repository, gated, or a download that breaks off.
+    """
+    cached = cached_weights(repository, filenames)
+    if cached is not None:
+        return cached
+    _require_hub(repository)
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, _, revision = repository.partition("@")
+    for filename in filenames:
+        try:
+            return Path(hf_hub_download(name, filename, revision=revision or None))
+        except LocalEntryNotFoundError as error:  # the client's word for a network that failed
+            raise _download_failed(repository, error) from error
+        except EntryNotFoundError:
+            continue
+        except GatedRepoError as error:
+            raise UserError(
+                f"{repository} is gated: accept its licence on its page at {_endpoint()}/{name} and log in "
+                f"(hf auth login), or {WAY_OUT}"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise UserError(f"{name} has no revision {revision!r} at {_endpoint()}; {WAY_OUT}") from error
+        except RepositoryNotFoundError as error:
+            raise UserError(
+                f"there is no repository {name} at {_endpoint()}, or it is private (hf auth login); {WAY_OUT}"
+            ) from error
+        except Exception as error:  # the client's own, its HTTP library's, the file system's
+            raise _download_failed(repository, error) from error
+    raise UserError(f"{repository} at {_endpoint()} has no {' or '.join(filenames)}; {WAY_OUT}")
+
+
+def fetch_from_address(address: str, name: str) -> Path:
+    """The local path of the file at a plain address, downloaded into torch.hub's cache where it is not there yet.
+
+    Raises:
+        UserError: where it cannot be had.
+    """
+    path = address_path(address)
+    if path.is_file():
+        return path
+    _require_answer(address, name)
+
+    from torch.hub import download_url_to_file
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        download_url_to_file(address, str(path))  # to a temporary name first: a broken download leaves nothing
+    except Exception as error:
+        raise _download_failed(address, error) from error
+    return path
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def _require_hub(repository: str) -> None:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"{repository} is not in the local cache and HF_HUB_OFFLINE is set; {WAY_OUT}")
+    _require_answer(_endpoint(), repository)
+
+
+def _require_answer(address: str, what: str) -> None:
+    trouble = why_no_answer(address)
+    if trouble:
+        parts = urlsplit(address)
+        raise UserError(f"cannot download {what} from {parts.scheme}://{parts.netloc}: {trouble}; {WAY_OUT}")
+
+
+def _download_failed(what: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return UserError(f"the download of {what} failed: {reason}; {WAY_OUT}")
+
+
+def why_no_answer(address: str, seconds: float = PATIENCE) -> str:
+    """Why nothing answers at an address within `seconds`; the empty string where something does.
+
+    Goes through the proxies that the environment names, as the hub client does.
+    """
+    outcome: list[str] = []
+    # A daemon, because a name look-up that hangs can be neither interrupted nor timed out.
+    thread = threading.Thread(target=lambda: outcome.append(_ask(address, seconds)), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else f"no answer within {seconds:g} s"
+
+
+class _AnyAnswer(urllib.request.HTTPErrorProcessor):
+    """Takes every status as an answer, and follows no redirection."""
+
+    def http_response(self, request, response):  # noqa: D102
+        return response
+
+    https_response = http_response
+
+
+def _ask(address: str, seconds: float) -> str:
+    """One HEAD request; the empty string for an answer, otherwise the trouble in words."""
+    try:
+        parts = urlsplit(address)
+        proxies = urllib.request.getproxies()
+        proxy = proxies.get(parts.scheme) or proxies.get("all", "")
+        if proxy and urllib.request.proxy_bypass(parts.hostname or ""):
+            proxy = ""
+        if proxy.startswith("socks"):  # urllib does not speak it; whether the proxy is there must do
+            way = urlsplit(proxy)
+            socket.create_connection((way.hostname or "", way.port or 1080), timeout=seconds).close()
+            return ""
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {}), _AnyAnswer
+        )
+        with opener.open(urllib.request.Request(address, method="HEAD"), timeout=seconds) as response:
+            return f"status {response.status}" if response.status in _GATEWAY_TROUBLE else ""
+    except (OSError, HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        # The hub client may know certificates that this Python does not: it decides.
+        return "" if isinstance(reason, ssl.SSLCertVerificationError) else str(reason) or type(reason).__name__

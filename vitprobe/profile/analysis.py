@@ -1,0 +1,257 @@
+"""`analyze`: stream images through a model and keep one value an image, block and head."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vitprobe.data.loading import Batch, default_workers, iterate, iterate_loader
+from vitprobe.data.sources import Images, LoaderImages, open_images
+from vitprobe.data.transforms import ImageTransform, model_transform
+from vitprobe.errors import UserError
+from vitprobe.hooks.capture import Capture, capture
+from vitprobe.models.loading import LoadedModel, load_model
+from vitprobe.models.tokens import find_trunk, token_layout
+from vitprobe.profile.folder import check_output, clear_run, write_manifest
+from vitprobe.profile.manifest import new_manifest
+from vitprobe.profile.profile import Profile
+from vitprobe.profile.state import choose_batch_size, choose_device, prepared
+from vitprobe.profile.values import MemoryValues, Sharder, ShardValues
+from vitprobe.statistics import STATISTICS, select
+
+
+def analyze(
+    model: str | Path | nn.Module | LoadedModel,
+    data: Any = None,
+    *,
+    num_images: int | None = None,
+    transform: str = "model",
+    img_size: int | None = None,
+    statistics: Sequence[str] | None = None,
+    groups: Sequence[str] | Callable[[str], str] | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: str | torch.device | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> Profile:
+    """Measure how attention flows in a model on a set of images.
+
+    The module is in eval mode meanwhile, and comes back in the mode and on the device it had. Memory does not grow
+    with the number of images when `out` is given.
+
+    Args:
+        model: anything that `load_model` takes.
+        data: anything that `open_images` takes; without it the packaged sample photographs.
+        num_images: analyse this many, drawn at random without replacement (from a DataLoader: its first ones); all of
+            them without.
+        transform: "model" (the model's own preprocessing) or "paper" (shorter side to 256 for a 224 crop, bicubic,
+            ImageNet mean and std).
+        img_size: the input size, where it is not the model's own.
+        statistics: names from `vitprobe.statistics.STATISTICS`; all without.
+        groups: what each image was taken from, a sequence or a function of its name; intervals count groups.
+        batch_size: images a batch; sized to the free memory without.
+        workers: processes that read images; chosen for the machine without.
+        device: "cpu", "cuda", …; a CUDA GPU where there is one without.
+        seed: of the drawing of images.
+        out: the run's folder; shards of at most 64 images are written to it as they are finished.
+        overwrite: replace a run that is there already.
+        progress: show a progress bar; by default on a terminal only.
+
+    Returns:
+        The profile. With `out` it is saved there too.
+
+    Raises:
+        UserError: for bad input, in one line; nothing is written then.
+    """
+    arguments = {
+        "num_images": num_images,
+        "transform": transform,
+        "img_size": img_size,
+        "statistics": None if statistics is None else list(statistics),
+        "batch_size": batch_size,
+        "workers": workers,
+        "seed": seed,
+    }
+    select(statistics)
+    for name, number in (("num_images", num_images), ("batch_size", batch_size)):
+        if number is not None and number < 1:
+            raise UserError(f"{name} is {number}; it must be at least 1")
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_output(folder, overwrite)
+    chosen_device = choose_device(device)
+    images = open_images(data, groups=groups)
+    loaded = load_model(model, img_size=img_size)
+    preprocess = model_transform(loaded.module, transform, img_size)
+    layout = token_layout(loaded.module, preprocess.size)
+    width = int(getattr(find_trunk(loaded.module), "embed_dim", 768))
+    size = batch_size or choose_batch_size(layout, width, chosen_device)
+
+    manifest = new_manifest(loaded, chosen_device, arguments)
+    manifest["batch_size"] = size
+    manifest["transform"] = preprocess.describe()
+    run = _Run(loaded, manifest, folder)
+    began = time.perf_counter()
+    try:
+        with prepared(loaded.module, chosen_device):
+            batches = _batches(images, preprocess, num_images, seed, size, workers, chosen_device)
+            run.go(batches, chosen_device, progress, _total(images, num_images), statistics)
+        run.finish("complete", images, began)
+    except KeyboardInterrupt:
+        run.finish("interrupted", images, began)
+        raise
+    return run.profile
+
+
+def _total(images: Images, num_images: int | None) -> int | None:
+    """Images that there will be, as far as that is known."""
+    known = None if isinstance(images, LoaderImages) else len(images)
+    return min((count for count in (known, num_images) if count is not None), default=None)
+
+
+def _batches(
+    images: Images,
+    transform: ImageTransform,
+    num_images: int | None,
+    seed: int,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """The batches to analyse, in the order of the draw."""
+    if isinstance(images, LoaderImages):
+        return _first(iterate_loader(images), num_images)
+    order = np.arange(len(images))
+    if num_images is not None:
+        order = np.random.default_rng(seed).permutation(len(images))[:num_images]
+    return iterate(
+        images,
+        order.tolist(),
+        transform,
+        batch_size,
+        default_workers(len(order)) if workers is None else workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _first(batches: Iterator[Batch], num_images: int | None) -> Iterator[Batch]:
+    """Batches until `num_images` have come."""
+    seen = 0
+    for batch in batches:
+        if num_images is not None:
+            keep = num_images - seen
+            batch = replace(
+                batch,
+                pixels=batch.pixels[:keep],
+                indices=batch.indices[:keep],
+                names=batch.names[:keep],
+                groups=batch.groups[:keep],
+            )
+        yield batch
+        seen += len(batch)
+        if num_images is not None and seen >= num_images:
+            return
+
+
+class _Run:
+    """One analysis under way: where its values go; its folder is claimed when the first batch has gone well."""
+
+    def __init__(self, model: LoadedModel, manifest: dict[str, Any], folder: Path | None) -> None:
+        self.model, self.manifest, self.folder = model, manifest, folder
+        self.values: MemoryValues | ShardValues = MemoryValues()
+        self.sharder: Sharder | None = None
+        self.skipped: list[tuple[str, str]] = []
+
+    def go(
+        self,
+        batches: Iterator[Batch],
+        device: torch.device,
+        progress: bool | None,
+        total: int | None,
+        statistics: Sequence[str] | None,
+    ) -> None:
+        """All batches, one after the other."""
+        module = self.model.module
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        # tqdm's None means "on a terminal only".
+        disable = None if progress is None else not progress
+        bar = tqdm(total=total, desc=self.model.spec.name, unit="img", disable=disable, dynamic_ncols=True)
+        with bar, capture(module, keep="statistics", statistics=statistics) as attention, torch.inference_mode():
+            for batch in batches:
+                self.skipped += batch.skipped
+                if len(batch):
+                    values = self._measure(attention, batch, device, dtype)
+                    self._keep(attention, batch, values)
+                bar.update(len(batch) + len(batch.skipped))
+
+    def _measure(self, attention: Capture, batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        module, name = self.model.module, self.model.spec.name
+        try:
+            module(batch.pixels.to(device, dtype, non_blocking=True))
+        except AssertionError as error:  # timm's way to say that an input has the wrong size
+            height, width = batch.pixels.shape[-2:]
+            raise UserError(f"{name} cannot take images of {height}x{width} pixels: {error}") from None
+        values = {key: value.float().cpu() for key, value in attention.statistics().items()}
+        for key, value in values.items():
+            bad = ~value.isfinite() if STATISTICS[key].bounded else value.isnan()
+            if bad.any():
+                image, block = (int(index) for index in bad.flatten(2).any(2).nonzero()[0])
+                block = min(int(index) for index in bad.flatten(2).any(2).any(0).nonzero()[:, 0])
+                raise UserError(
+                    f"the activations of {name} are NaN or infinite from block {block} on (image "
+                    f"{batch.names[image]}); check its weights and the images' preprocessing"
+                )
+        return values
+
+    def _keep(self, attention: Capture, batch: Batch, values: dict[str, Tensor]) -> None:
+        if self.sharder is None:
+            self._begin(attention)
+        assert self.sharder is not None
+        self.sharder.add(batch.names, batch.groups, {name: value.numpy() for name, value in values.items()})
+
+    def _begin(self, attention: Capture) -> None:
+        """Claim the folder: from here on the run is worth keeping."""
+        self.manifest["layout"] = asdict(attention.layout) if attention.layout else None
+        self.manifest["undefined"] = attention.undefined
+        if self.folder is not None:
+            check_output(self.folder, overwrite=True)
+            clear_run(self.folder)
+            write_manifest(self.folder, self.manifest)
+            self.values = ShardValues(self.folder)
+        self.sharder = Sharder(self.values)
+
+    def finish(self, status: str, images: Images, began: float) -> None:
+        """Write what is left, and the manifest's last word."""
+        if self.sharder is None:
+            if status == "complete":
+                reason = f"; the first: {self.skipped[0][0]} ({self.skipped[0][1]})" if self.skipped else ""
+                raise UserError(f"none of the {len(self.skipped)} images of {images.source} could be read{reason}")
+            return
+        self.sharder.flush()
+        self.manifest["status"] = status
+        self.manifest["wall_seconds"] = round(time.perf_counter() - began, 2)
+        self.manifest["data"] = {
+            "source": images.source,
+            "fingerprint": images.fingerprint(),
+            "analysed": len(self.values.names),
+            "groups": len(set(self.values.groups)),
+            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
+        }
+        if self.folder is not None:
+            self.profile.save(self.folder)
+
+    @property
+    def profile(self) -> Profile:
+        """The result so far."""
+        return Profile(self.manifest, self.values)

@@ -1,0 +1,186 @@
+"""The numbers of a profile in plain words: what [cls] and the patches do, against baselines, and what to try next.
+
+The words follow fixed rules, written down here and nowhere else. "Late blocks" are the last third. A verdict is a
+statement about attention; whether another aggregation gives a better representation is for probing to measure.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vitprobe.models.tokens import TokenLayout
+from vitprobe.profile.intervals import Estimate
+from vitprobe.profile.references import COMPARED, distance, matching_references
+
+KEEPS = 0.10  # [cls] keeps "much" for itself where the whole interval lies above this share and 3 times uniform
+NEAR_UNIFORM = 0.95  # an entropy above this share of log N is called near-uniform
+SELECTIVE = 0.85  # and below this one selective
+OWN = 3.0  # patches look "much" at themselves where the whole interval lies above this many times uniform
+# "Resembles" is said where the nearest reference is at most half as far as the next.
+CLEARLY_NEARER = 0.5
+
+
+class Measured(Protocol):
+    """What a diagnosis reads of a `Profile` (which calls this module, so it is not imported here)."""
+
+    name: str
+    layout: TokenLayout
+    num_blocks: int
+    manifest: dict[str, Any]
+    undefined: dict[str, str]
+    statistics: list[str]
+
+    def estimate(self, statistic: str, blocks: slice | None = None) -> Estimate:
+        """Mean and interval of the mean over heads, by block or over some blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a profile says in words.
+
+    Attributes:
+        verdict: one sentence.
+        evidence: a line each for [cls], its entropy and the patches, with intervals and baselines.
+        reference: what it resembles, or why that is not said.
+        next_step: what to try next.
+    """
+
+    verdict: str
+    evidence: tuple[str, ...]
+    reference: str
+    next_step: str
+
+    @property
+    def lines(self) -> list[str]:
+        """All of it, a line each."""
+        return [self.verdict, *self.evidence, self.reference, self.next_step]
+
+    def __str__(self) -> str:
+        """The verdict, and the rest indented under it."""
+        return "\n  ".join(self.lines)
+
+
+def diagnose(profile: Measured) -> Diagnosis:
+    """The diagnosis of one profile; statistics that it does not hold are left out and said to be."""
+    late = slice(2 * profile.num_blocks // 3, profile.num_blocks)
+    found = {name: profile.estimate(name, late) for name in COMPARED if name in profile.statistics}
+    random = next(
+        (r for r in matching_references(profile.manifest, profile.layout.num_tokens) if r.paradigm == "random"), None
+    )
+
+    def baseline(name: str, uniform: float, percent: bool = True) -> str:
+        show = _percent if percent else "{:.2f}".format
+        text = f"uniform attention: {show(uniform)}"
+        if random is not None:
+            text += f"; random weights: {show(sum(random.curves[name][late]) / len(random.curves[name][late]))}"
+        return text
+
+    span = f"blocks {late.start} to {late.stop - 1}" if late.stop - late.start > 1 else f"block {late.start}"
+    evidence, layout = [], profile.layout
+    if "cls_self_attention" in found:
+        keeps = found["cls_self_attention"]
+        evidence.append(
+            f"[cls] keeps {_interval(keeps)} of its attention for itself in {span} "
+            f"({baseline('cls_self_attention', 1 / layout.num_tokens)})"
+        )
+    if "cls_entropy_share" in found:
+        evidence.append(
+            f"its entropy over the patches is {_interval(found['cls_entropy_share'])} of the maximum, "
+            f"log {layout.num_patches} = {math.log(layout.num_patches):.2f} nats "
+            f"({baseline('cls_entropy_share', 1.0)})"
+        )
+    if "patch_self_attention_ratio" in found:
+        evidence.append(
+            f"a patch gives {_interval(found['patch_self_attention_ratio'])} of its attention to patches to itself "
+            f"({baseline('patch_self_attention_ratio', 1 / layout.num_patches)})"
+        )
+    missing = [name for name in COMPARED if name not in found]
+    if missing:
+        reasons = {profile.undefined.get(name, "not asked for in this run") for name in missing}
+        evidence.append(f"undefined here: {', '.join(missing)} ({'; '.join(sorted(reasons))})")
+    verdict, next_step = _verdict(profile, found)
+    return Diagnosis(f"{profile.name}: {verdict}", tuple(evidence), _resemblance(profile), next_step)
+
+
+def _verdict(profile: Measured, found: dict[str, Estimate]) -> tuple[str, str]:
+    """The sentence, and what to try next."""
+    layout = profile.layout
+    parts, aggregates_badly = [], False
+    if (keeps := found.get("cls_self_attention")) is not None:
+        threshold = max(KEEPS, 3 / layout.num_tokens)
+        if _low(keeps) > threshold:
+            parts.append("[cls] keeps much of its attention for itself")
+            aggregates_badly = True
+        elif _high(keeps) <= threshold:
+            parts.append("[cls] spends its attention on the other tokens")
+        else:
+            parts.append("[cls] keeps some of its attention for itself")
+    if (entropy := found.get("cls_entropy_share")) is not None:
+        if _low(entropy) > NEAR_UNIFORM:
+            parts.append("what it gives the patches is near-uniform")
+            aggregates_badly = True
+        elif _high(entropy) < SELECTIVE:
+            parts.append("what it gives the patches is selective")
+        else:
+            parts.append("what it gives the patches is spread widely")
+    if (own := found.get("patch_self_attention_ratio")) is not None:
+        much = _low(own) > OWN / layout.num_patches
+        parts.append("patches look much at themselves" if much else "patches look mostly at each other")
+    if "cls_self_attention" not in found and "cls_entropy_share" not in found:
+        step = (
+            "next: there is no [cls] attention to judge; read the patch tokens, averaged or pooled by attention, and "
+            "probe both"
+        )
+    elif aggregates_badly:
+        step = (
+            "next: [cls] may miss what the patches hold; probe a selective aggregation of the patch tokens (attention "
+            "pooling such as AbMILP) against [cls] and their average before you settle on [cls]"
+        )
+    else:
+        step = (
+            "next: by its attention [cls] does aggregate; probe it against the average of the patch tokens, and look "
+            "at single heads in summary.csv"
+        )
+    return "; ".join(parts) + ".", step
+
+
+def _resemblance(profile: Measured) -> str:
+    references = matching_references(profile.manifest, profile.layout.num_tokens)
+    if not references:
+        return "no reference for this architecture: vitprobe ships none with the same blocks, width, heads and tokens"
+    own_weights = profile.manifest["model"]["weights_sha256"]
+    for reference in references:
+        if reference.weights_sha256 == own_weights:
+            return f"these are the weights of the shipped reference {reference.name} ({reference.paradigm}) itself"
+    curves = {name: profile.estimate(name).mean.tolist() for name in COMPARED if name in profile.statistics}
+    if not curves:
+        return "no comparison with the shipped references: this run holds none of the paper's three statistics"
+    ranked = sorted(references, key=lambda reference: distance(curves, reference.curves))
+    said = ", ".join(f"{r.name} ({r.paradigm}) {distance(curves, r.curves):.3f}" for r in ranked)
+    first, second = distance(curves, ranked[0].curves), distance(curves, ranked[min(1, len(ranked) - 1)].curves)
+    where = f"mean difference of the three curves: {said}"
+    if len(ranked) > 1 and first > CLEARLY_NEARER * second:
+        return f"resembles none of the shipped references of its architecture clearly ({where})"
+    return f"resembles {ranked[0].name} ({ranked[0].paradigm}) most among the references of its architecture ({where})"
+
+
+def _low(result: Estimate) -> float:
+    return float(result.mean if math.isnan(result.low) else result.low)
+
+
+def _high(result: Estimate) -> float:
+    return float(result.mean if math.isnan(result.high) else result.high)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _interval(result: Estimate) -> str:
+    mean = _percent(float(result.mean))
+    if math.isnan(result.low):
+        return f"{mean} (no interval: n = {result.n})"
+    return f"{mean} (95 % interval {100 * result.low:.1f} to {100 * result.high:.1f}, n = {result.n})"

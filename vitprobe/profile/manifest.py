@@ -1,0 +1,68 @@
+"""What a run is made of, gathered into one dictionary that JSON can hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from datetime import UTC, datetime
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from vitprobe.models.loading import LoadedModel, weights_sha256
+from vitprobe.models.tokens import TokenLayout, find_trunk
+from vitprobe.profile.folder import FORMAT_VERSION
+
+PACKAGES = ("vitprobe", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "pillow")
+
+
+def new_manifest(model: LoadedModel, device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a run that begins now; the run adds `data`, `layout` and `undefined`, and ends it."""
+    parameters = list(model.module.parameters())
+    return {
+        "format_version": FORMAT_VERSION,
+        "status": "running",
+        "model": {
+            **dataclasses.asdict(model.spec),
+            "signature": signature(model),
+            "class": type(model.module).__name__,
+            "num_blocks": len(find_trunk(model.module).blocks),  # type: ignore[arg-type]
+            "num_parameters": sum(parameter.numel() for parameter in parameters),
+            "weights_sha256": weights_sha256(model.module),
+        },
+        "arguments": arguments,
+        "device": device_name(device),
+        "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else "float32",
+        "threads": torch.get_num_threads(),
+        "packages": {name: version for name in PACKAGES if (version := package_version(name))},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def signature(model: LoadedModel) -> str:
+    """What must be equal for two models to be of one architecture: class, blocks, width, heads and patch size."""
+    trunk: Any = find_trunk(model.module)
+    block = trunk.blocks[0]
+    heads = getattr(getattr(block, "attn", block), "num_heads", "?")
+    width = getattr(trunk, "embed_dim", getattr(trunk, "num_features", "?"))
+    layout: TokenLayout = model.layout
+    return (
+        f"{type(model.module).__name__} depth {len(trunk.blocks)} width {width} heads {heads} "
+        f"patch {layout.patch_size[0]}x{layout.patch_size[1]} prefix {layout.num_prefix_tokens}"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The device and, for a GPU, its model."""
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def package_version(name: str) -> str | None:
+    """An installed package's version, None where it has no metadata."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,208 @@
+"""`Profile`: the statistics of one model on a set of images, with their intervals, on disk and back."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vitprobe.errors import UserError
+from vitprobe.models.tokens import TokenLayout
+from vitprobe.profile.diagnosis import Diagnosis, diagnose
+from vitprobe.profile.files import write_atomically
+from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
+from vitprobe.profile.intervals import Estimate, estimate
+from vitprobe.profile.values import MemoryValues, ShardValues
+from vitprobe.statistics import STATISTICS, select
+
+# What `summary` shows: the paper's three, and the two that explain them.
+SUMMARY = (
+    "cls_self_attention",
+    "cls_entropy_share",
+    "patch_self_attention_ratio",
+    "patches_to_cls",
+    "patch_entropy_share",
+    "attention_distance",
+)
+
+
+class Profile:
+    """Statistics of a model's attention on images: one value an image, block and head.
+
+    Attributes:
+        manifest: all that the run was made of, ready for JSON: model and weights, data, transform, every argument,
+            versions, device, images skipped and why.
+        values: the values themselves (`.names`, `.groups`, `.read(statistic)` → `(n, blocks, heads)`).
+    """
+
+    def __init__(self, manifest: dict[str, Any], values: MemoryValues | ShardValues) -> None:
+        self.manifest = manifest
+        self.values = values
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.manifest["model"]["name"]
+
+    @property
+    def paradigm(self) -> str:
+        """How the model was trained: MIM, JEA, hybrid, supervised, VLM, random or unknown."""
+        return self.manifest["model"]["paradigm"]
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Which token is what."""
+        layout = self.manifest["layout"]
+        return TokenLayout(**{**layout, "grid": tuple(layout["grid"]), "patch_size": tuple(layout["patch_size"])})
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the model."""
+        return self.manifest["model"]["num_blocks"]
+
+    @property
+    def num_images(self) -> int:
+        """Images analysed."""
+        return len(self.values.names)
+
+    @property
+    def statistics(self) -> list[str]:
+        """Names of the statistics that it holds."""
+        return self.values.statistics()
+
+    @property
+    def undefined(self) -> dict[str, str]:
+        """Statistics that this model does not have, and why."""
+        return self.manifest["undefined"]
+
+    def estimate(self, statistic: str, blocks: slice | None = None, heads: bool = False) -> Estimate:
+        """Means and intervals of one statistic: `(blocks, heads)`, or the mean over heads.
+
+        Args:
+            statistic: its name.
+            blocks: average over these blocks first, image by image; the result then has no block axis.
+            heads: keep heads apart.
+
+        Raises:
+            UserError: for a statistic that this profile does not hold, with the reason.
+        """
+        self._require(statistic)
+        values = self.values.read(statistic).astype(np.float64)
+        if not heads:
+            values = values.mean(axis=2)
+        if blocks is not None:
+            values = values[:, blocks].mean(axis=1)
+        return estimate(values, self.values.groups, STATISTICS[statistic].bounds(self.layout))
+
+    def table(self, statistics: Sequence[str] | None = None) -> pd.DataFrame:
+        """The results, tidy: a row a statistic, block and head, and one more a block for the mean over heads.
+
+        Columns: model, block, head (`<NA>` for the mean over heads), statistic, mean, ci_low, ci_high (95 %), n
+        (independent groups of images), center (what the interval is about: the mean, or for unbounded ratios the
+        geometric mean), interval ("t", "log-t", or "none" for fewer than two groups).
+
+        Raises:
+            UserError: for a statistic that this profile does not hold, with the reason.
+        """
+        for name in statistics or ():
+            self._require(name)
+        frames = [frame for name in statistics or self.statistics for frame in self._frames(name)]
+        table = pd.concat(frames, ignore_index=True)
+        table["head"] = table["head"].astype("Int64")
+        return table
+
+    def _frames(self, name: str) -> list[pd.DataFrame]:
+        over_heads, by_head = self.estimate(name), self.estimate(name, heads=True)
+        count = by_head.mean.shape[1]
+        frames = [self._frame(name, over_heads, np.arange(self.num_blocks), [None] * self.num_blocks)]
+        if STATISTICS[name].per_head:
+            blocks, heads = np.repeat(np.arange(self.num_blocks), count), np.tile(np.arange(count), self.num_blocks)
+            frames.append(self._frame(name, by_head, blocks, heads))
+        return frames
+
+    def _frame(self, name: str, result: Estimate, blocks: Any, heads: Any) -> pd.DataFrame:
+        return pd.DataFrame(
+            {
+                "model": self.name,
+                "block": blocks,
+                "head": pd.array(heads, dtype="Int64"),
+                "statistic": name,
+                "mean": result.mean.ravel(),
+                "ci_low": result.low.ravel(),
+                "ci_high": result.high.ravel(),
+                "n": result.n,
+                "center": result.center.ravel(),
+                "interval": result.kind,
+            }
+        )
+
+    def _require(self, name: str) -> None:
+        select([name])
+        if name not in self.statistics:
+            reason = self.undefined.get(name, "was not asked for in this run")
+            raise UserError(f"{self.name} has no {name}: {reason}")
+
+    def summary(self) -> pd.DataFrame:
+        """Means over heads of the main statistics: a row a block, a column a statistic."""
+        names = [name for name in SUMMARY if name in self.statistics]
+        columns = {name: self.estimate(name).mean for name in names}
+        return pd.DataFrame(columns, index=pd.RangeIndex(self.num_blocks, name="block"))
+
+    def diagnosis(self) -> Diagnosis:
+        """What the numbers say in plain words, against the baselines; `print` it."""
+        return diagnose(self)
+
+    # On disk ----------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the run's folder: manifest, shards, `summary.csv` and `summary.parquet`.
+
+        Raises:
+            UserError: where the folder holds something already (another run without `overwrite`), or cannot be
+                written.
+        """
+        folder = Path(folder)
+        on_disk = isinstance(self.values, ShardValues) and self.values.folder.resolve() == folder.resolve()
+        if not on_disk:
+            check_output(folder, overwrite)
+            clear_run(folder)
+            write_manifest(folder, self.manifest)
+            written = ShardValues(folder)
+            for shard in self.values.shards():
+                written.add(shard)
+        table = self.table()
+        write_atomically(folder / "summary.csv", table.to_csv(index=False).encode())
+        parquet = io.BytesIO()
+        table.to_parquet(parquet, index=False)
+        write_atomically(folder / "summary.parquet", parquet.getvalue())
+        write_manifest(folder, self.manifest)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Profile:
+        """Read a run's folder, also one that was interrupted: what its finished shards hold.
+
+        Raises:
+            UserError: where the folder is no run, is of a newer format, or holds no finished shard.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        values = ShardValues(folder)
+        if not values.names:
+            raise UserError(f"{folder} holds no finished shard; analyze again with --overwrite")
+        return cls(manifest, values)
+
+    def __repr__(self) -> str:
+        """Name, images, blocks."""
+        return f"Profile({self.name!r}, {self.num_images} images, {self.num_blocks} blocks)"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the diagnosis and the summary table."""
+        words = "".join(f"<li>{html.escape(line)}</li>" for line in self.diagnosis().lines)
+        table = self.summary().to_html(float_format="{:.3f}".format, border=0)
+        return f"<h4>{html.escape(self.name)}</h4><ul>{words}</ul>{table}"

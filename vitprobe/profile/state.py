@@ -1,0 +1,66 @@
+"""A model for the time of an analysis: in eval mode, on the right device, and afterwards as it was."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from vitprobe.errors import UserError
+from vitprobe.models.tokens import TokenLayout
+
+MOST_IMAGES = 64  # a shard's worth; larger batches gain nothing
+MEMORY_SHARE = 0.25  # of what is free
+ACTIVATIONS = 24  # float32 tensors of (tokens, width) that are alive at once in a block, with room to spare
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device of this name; without one, a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: for a name that torch does not know, or a device that is not there.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"device {device!s} cannot be used ({reason}); choose cpu, or cuda where there is a GPU"
+        ) from None
+    return chosen
+
+
+def choose_batch_size(layout: TokenLayout, width: int, device: torch.device) -> int:
+    """Images a batch that fit well into the memory that is free, 1 to `MOST_IMAGES`."""
+    image_bytes = 4 * layout.num_tokens * width * ACTIVATIONS
+    return int(max(1, min(MOST_IMAGES, MEMORY_SHARE * free_memory(device) // image_bytes)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device; 2 GiB where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 2 * 2**30
+
+
+@contextmanager
+def prepared(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module in eval mode on `device`; each part's mode, and the device, come back."""
+    modes = {part: part.training for part in module.modules()}
+    home = next((parameter.device for parameter in module.parameters()), device)
+    try:
+        module.to(device).eval()
+        yield
+    finally:
+        module.to(home)
+        for part, mode in modes.items():
+            part.training = mode
