@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import random
+import tarfile
 from collections import UserDict
 from pathlib import Path
 
@@ -88,17 +90,15 @@ def test_nothing_asked_for(folder):
 
 
 @FORK
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_give_the_same(folder, method):
+@pytest.mark.parametrize(("method", "workers"), [("fork", 2), ("spawn", 1)])  # to spawn takes seconds each
+def test_workers_give_the_same(folder, method, workers):
     images = open_images(folder)
     images.read(0)
-    check(list(iterate(images, range(10), TRANSFORM, 3, workers=2, start_method=method)), GOOD)
+    check(list(iterate(images, range(10), TRANSFORM, 3, workers=workers, start_method=method)), GOOD)
 
 
 @FORK
 def test_workers_on_tensors_and_a_tar(folder, tmp_path_factory):
-    import tarfile
-
     path = tmp_path_factory.mktemp("tar") / "x.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(10):
@@ -193,6 +193,17 @@ def test_a_transform_that_makes_no_image(folder, workers):
 
 
 @FORK
+def test_leaving_early_ends_the_workers(folder):
+    before = set(multiprocessing.active_children())
+    batches = iterate(open_images(folder), range(10), TRANSFORM, 1, workers=1)
+    next(batches)
+    started = set(multiprocessing.active_children()) - before
+    assert len(started) == 1
+    batches.close()
+    assert not started & set(multiprocessing.active_children())
+
+
+@FORK
 def test_a_worker_that_dies(folder):
     assert refusal(iterate(open_images(folder), range(10), to_death, 2, workers=1)) == (
         "a process that reads images died (most often memory or shared memory ran out): "
@@ -207,7 +218,9 @@ def test_a_transforms_own_error_is_not_hidden(folder):
 
 @pytest.mark.parametrize(("batch_size", "workers"), [(0, 0), (2, -1)])
 def test_impossible_numbers(folder, batch_size, workers):
-    assert refusal(iterate(open_images(folder), range(10), TRANSFORM, batch_size, workers)) == (
+    with pytest.raises(UserError) as caught:  # at once, not when the first batch is asked for
+        iterate(open_images(folder), range(10), TRANSFORM, batch_size, workers)
+    assert str(caught.value) == (
         f"batch size {batch_size} with {workers} workers cannot be: at least 1, and 0 workers or more"
     )
 

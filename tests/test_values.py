@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_finished_shards_and_nothing_half_written(tmp_path: P
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(UserError, match="the disk is full, so .* could not be written; free some space or choose"):
+    with pytest.raises(UserError, match=r"the disk is full, so .* could not be written; free some space or choose"):
         sharder.add(*batch(64, 64))
     assert [path.name for path in sorted((tmp_path / "statistics").iterdir())] == ["shard-00000.safetensors"]
     assert ShardValues(tmp_path).names == [f"image {i}" for i in range(64)]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import textwrap
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
     from vitprobe.profile.profile import Profile
 
 BUNDLED = ("mae_vit_nano", "supervised_vit_nano")
+
+# The first three that a run has are printed; all are in summary.csv.
+HEADINGS = {
+    "cls_self_attention": "[cls] self-attention",
+    "cls_entropy_share": "[cls] entropy / log N",
+    "patch_self_attention_ratio": "patch self-attention",
+    "patch_entropy_share": "patch entropy / log N",
+    "attention_distance": "distance in patches",
+}
 
 
 class Commands(click.Group):
@@ -52,7 +63,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Measure a model's attention on images: table, verdict, figures.")
 @click.option(
     "--model",
     "models",
@@ -100,6 +111,13 @@ def analyze(
     """
     names = _names(models, checkpoint, arch)
     folders = _folders(names, out)
+    from vitprobe.models.hub import require_weights
+    from vitprobe.models.registry import find_spec
+
+    if checkpoint is None:
+        for spec in filter(None, map(find_spec, names)):
+            require_weights(spec)  # before torch is imported: a missing network should cost seconds
+
     from vitprobe.models.loading import load_model
     from vitprobe.profile.analysis import analyze as run
     from vitprobe.profile.folder import check_output
@@ -118,16 +136,16 @@ def analyze(
     from vitprobe.figures import save_paper_figures
 
     for profile in profiles:
-        click.echo(f"\n{_table(profile)}\n\n{profile.diagnosis()}")
+        click.echo(f"\n{_table(profile)}\n\n{_wrapped(profile.diagnosis().lines)}")
         _say_skipped(profile)
     root = folders[0] if len(folders) == 1 else folders[0].parent
     drawn = save_paper_figures(profiles, root / "figures")
     if drawn:
         click.echo(f"\nfigures: {root / 'figures'} ({', '.join(path.name for path in drawn if path.suffix == '.pdf')})")
-    click.echo(f"{'run' if len(folders) == 1 else 'runs'}: {', '.join(str(folder) for folder in folders)}")
+    click.echo(f"every statistic: {', '.join(str(folder / 'summary.csv') for folder in folders)}")
 
 
-@main.command("models")
+@main.command("models", short_help="List the models that have an alias.")
 @click.argument("words", nargs=-1)
 @click.option("--paradigm", metavar="NAME", help="Only MIM, JEA, hybrid, supervised or VLM.")
 def list_models(words: tuple[str, ...], paradigm: str | None) -> None:
@@ -141,7 +159,7 @@ def list_models(words: tuple[str, ...], paradigm: str | None) -> None:
     click.echo(shown.to_string(index=False, justify="left", formatters=_left_aligned(shown)))
 
 
-@main.command()
+@main.command(short_help="Draw several runs together.")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--out",
@@ -195,29 +213,34 @@ def _folders(names: list[str], out: Path | None) -> list[Path]:
 
 
 def _table(profile: Profile) -> str:
-    """The main statistics of each block with their intervals, for the screen."""
-    from vitprobe.profile.profile import SUMMARY
-    from vitprobe.statistics import STATISTICS
-
-    shown = [name for name in SUMMARY if name in profile.statistics]
+    """Three main statistics of each block with their intervals, for the screen."""
+    shown = [name for name in HEADINGS if name in profile.statistics][:3] or profile.statistics[:3]
     table = profile.table(shown)
     table = table[table["head"].isna()]
     columns = {"block": [str(block) for block in range(profile.num_blocks)]}
     for name in shown:
         rows = table[table["statistic"] == name]
-        columns[name] = [
-            f"{row.mean_:.3f}" + (f" [{row.ci_low:.3f}, {row.ci_high:.3f}]" if row.interval != "none" else "")
-            for row in rows.rename(columns={"mean": "mean_"}).itertuples()
+        cells = zip(rows["center"], rows["ci_low"], rows["ci_high"], rows["interval"] != "none", strict=True)
+        columns[HEADINGS.get(name, name)] = [
+            f"{center:.3f} [{low:.3f}, {high:.3f}]" if known else f"{center:.3f}" for center, low, high, known in cells
         ]
-    widths = {name: max(len(name), *map(len, cells)) for name, cells in columns.items()}
-    lines = ["  ".join(name.ljust(width) for name, width in widths.items())]
-    for row in zip(*columns.values(), strict=True):
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths.values(), strict=True)))
-    n = int(table["n"].iloc[0])
-    count = f"{profile.num_images} images" + (f" in {n} independent groups" if n != profile.num_images else "")
-    title = f"{profile.name} ({profile.paradigm}), {count}; mean over heads [95 % interval]"
-    units = "; ".join(f"{name}: {STATISTICS[name].label}" for name in shown)
-    return "\n".join([title, *(line.rstrip() for line in lines), units])
+    widths = [max(len(heading), *map(len, cells)) for heading, cells in columns.items()]
+    count, groups = profile.num_images, int(table["n"].iloc[0])
+    images = f"{count} image{'s' * (count != 1)}" + (f" in {groups} independent groups" if groups != count else "")
+    lines = [f"{profile.name} ({profile.paradigm}), {images}; mean over heads [95 % interval]"]
+    for row in [columns.keys(), *zip(*columns.values(), strict=True)]:
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return "\n".join(lines)
+
+
+def _wrapped(lines: list[str]) -> str:
+    """The first line, and the others indented under it, within the terminal."""
+    width = min(shutil.get_terminal_size().columns, 110)
+    indents = ["", *["  "] * (len(lines) - 1)]
+    return "\n".join(
+        textwrap.fill(line, width, initial_indent=indent, subsequent_indent=f"{indent}  ")
+        for line, indent in zip(lines, indents, strict=True)
+    )
 
 
 def _left_aligned(table: Any) -> dict[str, Any]:

@@ -7,23 +7,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data.readers import create_reader
 from torch import Tensor
 
+from vitprobe.data.sources import open_images
 from zoo.recipe import CIFAR10_MEAN, CIFAR10_STD
 
 
 def load_tar(path: str | Path) -> tuple[Tensor, Tensor, list[str]]:
     """All images `(n, 3, 32, 32)` uint8, their labels `(n,)`, and the class names in alphabetical order."""
-    reader = create_reader("", root=str(path), split="train")
-    pixels, labels = [], []
-    for index in range(len(reader)):
-        file, label = reader[index]
-        pixels.append(np.asarray(Image.open(file).convert("RGB")))
-        labels.append(label)
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-    return images, torch.tensor(labels), sorted(reader.class_name_to_idx, key=reader.class_name_to_idx.__getitem__)
+    images = open_images(path)
+    folders = [name.rpartition("/")[0] for name in images.names]
+    classes = sorted(set(folders))
+    pixels = np.stack([np.asarray(images.read(index)) for index in range(len(images))])
+    labels = torch.tensor([classes.index(folder) for folder in folders])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), labels, classes
 
 
 def normalize(images: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from zoo.objectives import OBJECTIVES
 from zoo.recipe import load_recipe
 
 BATCH = 500
+KNN = 20
 TRAIN_IMAGES = 10_000  # the first of a seeded permutation: enough to compare features, minutes instead of an hour
 
 
@@ -53,7 +54,7 @@ def evaluate(vit: VisionTransformer, train: Path, test: Path) -> dict[str, float
     labels, truth = train_labels[chosen].numpy(), test_labels.numpy()
     accuracy = {}
     for name in known:
-        knn = KNeighborsClassifier(n_neighbors=20).fit(normalize(known[name]), labels)
+        knn = KNeighborsClassifier(n_neighbors=KNN).fit(normalize(known[name]), labels)
         accuracy[f"knn20_{name}"] = knn.score(normalize(unknown[name]), truth)
         linear = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000)).fit(known[name], labels)
         accuracy[f"linear_{name}"] = linear.score(unknown[name], truth)

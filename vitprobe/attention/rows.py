@@ -30,8 +30,9 @@ class RowSummary:
         log_z_patches: the same over the patch keys alone.
         self_logits: s_ii, `(B, H, T)`.
         prefix_logits: s_ij for the prefix keys j, `(B, H, T, p)`.
-        entropy: entropy in nats of each row over the patch keys, renormalised there, `(B, H, T)`.
-        distance: mean distance in patches from each patch row to the patch keys it attends to, `(B, H, N)`.
+        entropy: entropy in nats of each row over the patch keys, renormalised there, `(B, H, T)`; NaN for a row that
+            is masked from all of them.
+        distance: mean distance in patches from each patch row to the patch keys it attends to, `(B, H, N)`; NaN alike.
     """
 
     log_z: Float[Tensor, "batch head token"]
@@ -69,12 +70,14 @@ def summarize_rows(
             if bias is not None:
                 logits += bias[..., rows, :].to(wide)
             count = logits.shape[-2]
-            self_logits.append(logits[..., torch.arange(count), torch.arange(rows.start, rows.stop)])
+            self_logits.append(logits.diagonal(offset=start, dim1=-2, dim2=-1).clone())
             prefix_logits.append(logits[..., :prefix].clone())
             log_z_prefix.append(prefix_logits[-1].logsumexp(dim=-1))
 
             patch_logits = logits[..., prefix:]
             maximum = patch_logits.amax(dim=-1, keepdim=True)
+            if bias is not None:  # a row that may look at no patch has a mass of e^(−inf) there, not NaN
+                maximum = maximum.clamp(min=torch.finfo(wide).min)
             below = maximum - patch_logits  # m − s ≥ 0
             weights = torch.exp(-below)
             total = weights.sum(dim=-1)

@@ -84,3 +84,51 @@ class AttentionView:
                 logits = logits + bias.to(wide)
             weights = logits.softmax(dim=-1)
         return weights if head is None else weights[:, 0]
+
+
+def concatenate_views(views: list[AttentionView]) -> AttentionView:
+    """One view of several batches of the same block.
+
+    Raises:
+        UserError: where their token layouts differ.
+    """
+    if len(views) == 1:
+        return views[0]
+    first = views[0]
+    if any(view.layout != first.layout for view in views):
+        raise UserError("batches of different patch grids were accumulated; read them with accumulate=False")
+
+    def joined(parts: list[Tensor | None]) -> Tensor | None:
+        present = [part for part in parts if part is not None]
+        return torch.cat(present) if len(present) == len(parts) else None
+
+    return AttentionView(
+        block=first.block,
+        query=torch.cat([view.query for view in views]),
+        key=torch.cat([view.key for view in views]),
+        scale=first.scale,
+        bias=_joined_bias(views),
+        layout=first.layout,
+        residual_norms=joined([view.residual_norms for view in views]),
+        update_norms=joined([view.update_norms for view in views]),
+        unscaled_update_norms=joined([view.unscaled_update_norms for view in views]),
+        output_norms=joined([view.output_norms for view in views]),
+    )
+
+
+def _joined_bias(views: list[AttentionView]) -> Tensor | None:
+    """The bias of all batches together. One that is the same for each image is held once."""
+    biases = [view.bias for view in views]
+    first = biases[0]
+    if all(bias is None for bias in biases):
+        return None
+    if first is not None and (first.ndim < 4 or first.shape[0] == 1):  # the same for each image of its batch
+        same = [bias is not None and bias.shape == first.shape and torch.equal(bias, first) for bias in biases]
+        if all(same):
+            return first
+    nothing = views[0].query.new_zeros(1, 1)
+    parts = []
+    for view, bias in zip(views, biases, strict=True):
+        batch, heads, tokens, _ = view.query.shape
+        parts.append((nothing if bias is None else bias).expand(batch, heads, tokens, tokens))
+    return torch.cat(parts)

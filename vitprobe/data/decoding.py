@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from io import BufferedReader, BytesIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,7 +33,7 @@ class BadImageError(Exception):
         return f"{self.name}: {self.reason}"
 
 
-def decode(stream: BinaryIO, name: str) -> Image.Image:
+def decode(stream: BufferedReader | BytesIO, name: str) -> Image.Image:
     """The first picture in a file, as RGB; `name` is what an error calls it.
 
     The orientation tag of a camera is not applied: timm's and torchvision's own pipelines do not apply it either.

@@ -205,9 +205,7 @@ def resolve_groups(names: list[str], groups: Groups) -> list[str]:
     if callable(groups):
         return [str(groups(name)) for name in names]
     if isinstance(groups, str):
-        raise UserError(
-            f"groups is one string, {groups!r}: give a list with a group an image, or a function of its name"
-        )
+        raise UserError(f"groups is one string, {groups!r}: give a list, one group an image, or a function of its name")
     if len(groups) != len(names):
         raise UserError(f"groups has {len(groups)} entries for {len(names)} images: give one an image")
     return [str(group) for group in groups]

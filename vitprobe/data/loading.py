@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitprobe.data.sources import BadImageError, Images, LoaderImages
+from vitprobe.data.decoding import BadImageError
+from vitprobe.data.images import Images, LoaderImages
 from vitprobe.errors import UserError
 
 FEW_IMAGES = 256  # below it, starting workers takes longer than they save
@@ -88,8 +91,8 @@ def iterate(
     workers: int = 0,
     pin_memory: bool = False,
     start_method: str | None = None,
-) -> Iterator[Batch]:
-    """The images at the positions in `order`, in batches.
+) -> Generator[Batch, None, None]:
+    """The images at the positions in `order`, in batches; closing the generator ends the workers.
 
     Args:
         images: the source.
@@ -117,7 +120,7 @@ def iterate(
     return _same_size(_survive(loader))
 
 
-def iterate_loader(loader: DataLoader | LoaderImages) -> Iterator[Batch]:
+def iterate_loader(loader: DataLoader | LoaderImages) -> Generator[Batch, None, None]:
     """The batches of a user's DataLoader, whose images are normalised already.
 
     A batch may be a tensor (n, 3, height, width), a tuple or list that begins with it, or a dict with it under
@@ -165,27 +168,33 @@ def _collate(items: list[_Item], empty_size: tuple[int, int]) -> Batch | UserErr
     )
 
 
-def _survive(loader: DataLoader) -> Iterator[Batch]:
-    """A loader's batches; errors handed over by workers raised, and the death of a worker told in one line."""
+def _survive(loader: DataLoader) -> Generator[Batch, None, None]:
+    """A loader's batches, and an error in one line where a worker handed one over, or died."""
     batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error) and ("exited unexpectedly" in str(error) or "killed" in str(error)):
-                raise UserError(
-                    "a process that reads images died (most often memory or shared memory ran out): "
-                    "use fewer workers, 0 to read in the main process, or smaller batches"
-                ) from error
+    try:
+        while isinstance(given := _next(batches), Batch):
+            yield given
+    finally:
+        # before an error goes up: its traceback would keep the workers, and those found as garbage end after seconds
+        del batches
+    if given is not None:
+        raise given
+
+
+def _next(batches: Iterator[Batch | UserError]) -> Batch | UserError | None:
+    """What comes next; None at the end."""
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) or not re.search("exited unexpectedly|killed by signal", str(error)):
             raise
-        if batch is None:
-            return
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return UserError(
+        "a process that reads images died (most often memory or shared memory ran out): "
+        "use fewer workers, 0 to read in the main process, or smaller batches"
+    )
 
 
-def _loader_batches(images: LoaderImages) -> Iterator[Batch]:
+def _loader_batches(images: LoaderImages) -> Generator[Batch, None, None]:
     start = 0
     for given in images.loader:
         pixels = _pixels(given)
@@ -219,15 +228,16 @@ def _pixels(given: Any) -> Float[Tensor, "batch 3 height width"]:
     )
 
 
-def _same_size(batches: Iterator[Batch]) -> Iterator[Batch]:
+def _same_size(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
     """Batches as they come, as long as all images have one size: another size would be another number of tokens."""
     first: Tensor | None = None
-    for batch in batches:
-        if len(batch):
-            first = batch.pixels[0] if first is None else first
-            if batch.pixels.shape[1:] != first.shape:
-                raise _size_error(batch.names[0], batch.pixels[0], first)
-        yield batch
+    with closing(batches):  # ends the workers at once, see `_survive`
+        for batch in batches:
+            if len(batch):
+                first = batch.pixels[0] if first is None else first
+                if batch.pixels.shape[1:] != first.shape:
+                    raise _size_error(batch.names[0], batch.pixels[0], first)
+            yield batch
 
 
 def _size_error(name: str, image: Tensor, first: Tensor) -> UserError:

@@ -49,7 +49,7 @@ class Photograph:
 
 # Facts from the docstrings of skimage.data (0.26) and the README beside scikit-learn's images (1.9). Left out:
 # drawings, text, patterns and logos; `cell` (a hologram's phase), `microaneurysms` (102 pixels), `clock_motion`
-# (blurred until nothing is left to see), `brick` (warped after it was taken), and the second picture of the stereo pair.
+# (blurred until nothing is left to see), `brick` (warped after it was taken), and the second of the stereo pair.
 PHOTOGRAPHS = (
     Photograph("astronaut", "skimage", "data/astronaut.png", "NASA, Great Images database", "public domain"),
     Photograph("camera", "skimage", "data/camera.png", "Lav Varshney", "CC0"),

@@ -12,13 +12,14 @@ from matplotlib.transforms import ScaledTranslation
 from vitprobe.figures.style import LABEL_SIZE, LEGEND_SIZE, NOTE_SIZE
 
 POINTS = 72  # points an inch
-_CHARACTER = 0.56  # mean width of a character in DejaVu Sans, in font sizes
+_CHARACTER = 0.58  # mean width of a character in DejaVu Sans, in font sizes
+_UNBROKEN = "\N{NO-BREAK SPACE}"
 _GAP = 4.0  # points between the axis label, the legend and the note
 
 
 def set_axis_labels(ax: Axes, x: str, y: str) -> None:
-    """Label both axes; the y label is broken into lines no longer than the axis."""
-    height = ax.get_window_extent().height * POINTS / ax.figure.dpi
+    """Label both axes; the y label is broken into lines that stand out over the axis by a little at most."""
+    height = 1.2 * ax.get_window_extent().height * POINTS / ax.figure.dpi
     ax.set_xlabel(x, fontsize=LABEL_SIZE)
     ax.set_ylabel(wrap(y, height, LABEL_SIZE), fontsize=LABEL_SIZE)
 
@@ -37,7 +38,7 @@ def add_below(ax: Axes, handles: Sequence[Line2D], notes: Sequence[str]) -> floa
     start = (outer.y0 - inner.y0) * scale - _GAP
 
     anchor = ax.transAxes + ScaledTranslation(left / POINTS, start / POINTS, root.dpi_scale_trans)
-    labels = [wrap(str(handle.get_label()), width - 4 * LEGEND_SIZE, LEGEND_SIZE) for handle in handles]
+    labels = [wrap(str(handle.get_label()), width - 4.5 * LEGEND_SIZE, LEGEND_SIZE) for handle in handles]
     below = start
     for columns in (3, 2, 1):
         legend = ax.legend(
@@ -63,4 +64,7 @@ def add_below(ax: Axes, handles: Sequence[Line2D], notes: Sequence[str]) -> floa
 
 def wrap(text: str, width: float, size: float) -> str:
     """Break a text of this font size into lines of about `width` points at most."""
-    return "\n".join(textwrap.wrap(text, max(8, int(width / (_CHARACTER * size))), break_on_hyphens=False))
+    for together in (" /", "log N"):
+        text = text.replace(together, together.replace(" ", _UNBROKEN))
+    lines = textwrap.wrap(text, max(8, int(width / (_CHARACTER * size))), break_on_hyphens=False)
+    return "\n".join(lines).replace(_UNBROKEN, " ")

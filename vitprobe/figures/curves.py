@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import pandas as pd
 
 from vitprobe.errors import UserError
@@ -67,9 +68,12 @@ class Curve:
     heads: dict[int, pd.DataFrame]
 
     @property
-    def has_interval(self) -> bool:
-        """Whether there is an interval at any block (it takes two independent images)."""
-        return bool((self.rows["ci_low"].notna() & self.rows["ci_high"].notna()).any())
+    def no_interval(self) -> str | None:
+        """Why there is no interval at any block; None if there is one."""
+        if np.isfinite(self.rows[["ci_low", "ci_high"]].to_numpy(float)).all(axis=1).any():
+            return None
+        few = int(self.rows["n"].to_numpy(int).min()) < 2
+        return "fewer than two independent images" if few else "an image has a ratio of 0 or ∞"
 
     @property
     def is_geometric(self) -> bool:
@@ -94,17 +98,32 @@ def read_curves(profiles: Sequence[ProfileLike], statistic: str) -> tuple[list[C
     curves, missing = [], []
     for name, profile in zip(_distinct([profile.name for profile in profiles]), profiles, strict=True):
         reason = profile.undefined.get(statistic)
+        curve = None
         if reason is None:
-            table = profile.table([statistic])
-            table = table[table["statistic"] == statistic].sort_values("block")
-            rows = table[table["head"].isna()]
-            if rows["center"].notna().any():
-                heads = {int(head): of_head for head, of_head in table[table["head"].notna()].groupby("head")}
-                curves.append(Curve(name, profile.paradigm, profile.layout, profile.num_blocks, rows, heads))
-                continue
-            reason = "not in its profile"
-        missing.append((name, reason))
+            try:
+                curve = _read_curve(name, profile, statistic)
+                reason = "no finite value"
+            except UserError as error:  # one run may lack what others have: it was not asked for there
+                reason = str(error).removeprefix(f"{profile.name} has no {statistic}: ")
+        if curve is None:
+            missing.append((name, reason))
+        else:
+            curves.append(curve)
     return curves, missing
+
+
+def _read_curve(name: str, profile: ProfileLike, statistic: str) -> Curve | None:
+    table = profile.table([statistic]).sort_values(by="block")
+    rows = _where(table, table["head"].isna())
+    if not np.isfinite(rows["center"].to_numpy(float)).any():
+        return None
+    heads = sorted(table["head"].dropna().unique())
+    of_head = {int(head): _where(table, (table["head"] == head).fillna(False)) for head in heads}
+    return Curve(name, profile.paradigm, profile.layout, profile.num_blocks, rows, of_head)
+
+
+def _where(table: pd.DataFrame, mask: Any) -> pd.DataFrame:
+    return pd.DataFrame(table[mask])
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

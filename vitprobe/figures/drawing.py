@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from vitprobe.figures.captions import add_below, set_axis_labels
 from vitprobe.figures.curves import Curve
@@ -44,19 +44,18 @@ def draw(
             for rows in curve.heads.values():
                 ax.plot(_x(curve, rows, relative), rows["center"].to_numpy(float), color=look.color,
                         linestyle=look.linestyle, linewidth=0.5, alpha=0.4, label="_head", zorder=1.8)  # fmt: skip
-        if bands and curve.has_interval:
+        if bands and curve.no_interval is None:
             _band(ax, curve, look, relative)
         handles.append(_line(ax, curve, look, relative))
 
     maxima = _maxima(entry, curves)
     _set_limits(ax, entry, curves, maxima)
-    for value, label in maxima.items():
-        _maximum_line(ax, value, label)
+    _maximum_lines(ax, maxima)
     if not relative:
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     mean = "geometric mean" if any(curve.is_geometric for curve in curves) else "mean"
     unit = entry.unit if mean == "mean" else f"{mean}, {entry.unit}"
-    set_axis_labels(ax, "relative depth (0: first block, 1: last)" if relative else "block", f"{entry.label} ({unit})")
+    set_axis_labels(ax, "relative depth (0 first, 1 last)" if relative else "block", f"{entry.label} ({unit})")
     height = add_below(ax, handles, _notes(curves, missing, mean, bands, heads))
     if own:
         ax.figure.set_size_inches(ax.figure.get_figwidth(), ax.figure.get_figheight() + height)  # pyright: ignore
@@ -80,7 +79,7 @@ def _band(ax: Axes, curve: Curve, look: Look, relative: bool) -> None:
     if len(x) == 1:
         ax.vlines(x, low, high, color=look.color, linewidth=1.0, label="_interval")
     else:
-        ax.fill_between(x, low, high, color=look.color, alpha=0.18, linewidth=0, label="_interval", zorder=1.6)
+        ax.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0, label="_interval", zorder=1.6)
 
 
 def _x(curve: Curve, rows: pd.DataFrame, relative: bool) -> np.ndarray:
@@ -92,37 +91,60 @@ def _maxima(entry: Statistic, curves: Sequence[Curve]) -> dict[float, str]:
     """Height → words of the maxima worth a line: log N of entropies, a line a number of patches, or their share's 1."""
     if entry.unit == "nats":
         layouts = {curve.layout.num_patches: curve.layout for curve in curves}
-        return {
-            entry.bounds(layout)[1]: f"maximum: log {patches} = {entry.bounds(layout)[1]:.2f}"
-            for patches, layout in sorted(layouts.items())
-        }
+        return {entry.bounds(layout)[1]: f"log {patches}" for patches, layout in sorted(layouts.items())}
     if entry.name.endswith("entropy_share"):
-        return {entry.bounds(curves[0].layout)[1]: "maximum: uniform over the patches"}
+        return {entry.bounds(curves[0].layout)[1]: "uniform over the patches"}
     return {}
 
 
-def _maximum_line(ax: Axes, value: float, label: str) -> None:
-    ax.axhline(value, color="#555555", linewidth=0.8, linestyle=(0, (5, 3)), label="_maximum", zorder=1.4)
-    ax.annotate(
-        label, xy=(1, value), xycoords=("axes fraction", "data"), xytext=(0, 1.5), textcoords="offset points",
-        ha="right", va="bottom", fontsize=NOTE_SIZE, color="#444444", zorder=1.4,
-    )  # fmt: skip
+def _maximum_lines(ax: Axes, maxima: dict[float, str]) -> None:
+    """A dashed line each, with its words over its right end; lines too near for that share one over the highest."""
+    bottom, top = ax.get_ylim()
+    groups: list[list[float]] = []
+    for value in sorted(maxima):
+        ax.axhline(value, color="#555555", linewidth=0.8, linestyle=(0, (5, 3)), label="_maximum", zorder=1.4)
+        if groups and value - groups[-1][-1] < 0.085 * (top - bottom):
+            groups[-1].append(value)
+        else:
+            groups.append([value])
+    for group in groups:
+        words = ", ".join(maxima[value] for value in group)
+        if len(group) == 1 and words.startswith("log"):
+            words = f"{words} = {group[0]:.2f}"
+        ax.annotate(
+            f"maximum: {words}", xy=(1, group[-1]), xycoords=("axes fraction", "data"), xytext=(0, 1.5),
+            textcoords="offset points", ha="right", va="bottom", fontsize=NOTE_SIZE, color="#444444", zorder=1.4,
+        )  # fmt: skip
 
 
 def _set_limits(ax: Axes, entry: Statistic, curves: Sequence[Curve], maxima: dict[float, str]) -> None:
     """Limits of y from the statistic's bounds: shares and distances from 0, entropies up to log N, ratios log-scaled.
 
-    An entropy's axis starts under its lowest value rather than at 0: what is read off is the distance to the maximum.
+    The axis of an entropy in nats starts under its lowest value, as the distance to the maximum is what is read off;
+    but it always shows the upper quarter, lest rounding look like a trend.
     """
     if not entry.bounded:
         ax.set_yscale("log")
+        _log_ticks(ax)
         return
     lowest = min(entry.bounds(curve.layout)[0] for curve in curves)
     bottom, top = ax.get_ylim()
-    bottom = max(lowest, bottom) if entry.unit == "nats" else lowest
+    if entry.unit == "nats":
+        lowest = max(lowest, min(bottom, 0.75 * min(maxima)))
+    top = max(top, lowest + 1.05 * (ax.dataLim.y1 - lowest))  # matplotlib's own margin is nothing over a level line
     if maxima:
-        top = max(maxima) + 0.1 * (max(maxima) - bottom)  # room for the words over the line
-    ax.set_ylim(bottom, top)
+        top = max(maxima) + 0.1 * (max(maxima) - lowest)  # room for the words over the line
+    ax.set_ylim(lowest, top)
+
+
+def _log_ticks(ax: Axes) -> None:
+    """Plain numbers at the ticks of a logarithmic axis that spans little; a long one keeps its powers of ten."""
+    bottom, top = ax.get_ylim()
+    decades = np.log10(top / bottom)
+    if decades < 2.5:
+        ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]) if decades < 1 else LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _notes(
@@ -130,11 +152,11 @@ def _notes(
 ) -> list[str]:
     """What a reader must know: what bands and thin lines are, and which model is left out and why."""
     notes = []
-    if bands and any(curve.has_interval for curve in curves):
+    if bands and any(curve.no_interval is None for curve in curves):
         notes.append(f"bands: 95 % interval of the {mean} over images")
-    without = [curve.name for curve in curves if not curve.has_interval]
-    if bands and without:
-        notes.append(f"no interval (fewer than two independent images): {', '.join(without)}")
+    for reason in {curve.no_interval: None for curve in curves if bands and curve.no_interval}:
+        names = ", ".join(curve.name for curve in curves if curve.no_interval == reason)
+        notes.append(f"plain mean without interval ({reason}): {names}")
     if heads and any(curve.heads for curve in curves):
         notes.append("thin lines: single heads")
     if missing:

@@ -44,7 +44,7 @@ def save_figure(ax_or_figure: Axes | Figure, stem: str | Path) -> list[Path]:
 
 
 def save_paper_figures(profiles: ProfileLike | Sequence[ProfileLike], out: str | Path) -> list[Path]:
-    """Write Figures 3, 4 and 5 of the paper (arXiv 2412.03215) for these profiles into the folder `out`, made if need be.
+    """Write Figures 3, 4 and 5 of the paper (arXiv 2412.03215) for these profiles into the folder `out` (it is made).
 
     Gives the paths written. A figure that none of the models has (Figures 3 and 4 without a [cls] token) is left out.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle, islice
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,13 +14,13 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
 COLUMN_WIDTH = 3.4  # inches: one column of a two-column paper
-AXES_HEIGHT = 2.2  # inches, with the axis labels; legend and note come on top of it
+AXES_HEIGHT = 2.3  # inches, with the axis labels; legend and note come on top of it
 
 LABEL_SIZE, TICK_SIZE, LEGEND_SIZE, NOTE_SIZE = 9.0, 8.0, 8.0, 7.0  # points, at print
 
 # One font by name, the one that ships with matplotlib: the same picture and the same embedded font on every machine.
 # "sans-serif" after it is what an SVG viewer without DejaVu Sans falls back to.
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans", "sans-serif"],
     "font.size": TICK_SIZE,
     "axes.labelsize": LABEL_SIZE,
@@ -42,6 +42,8 @@ STYLE = {
     "figure.max_open_warning": 0,  # a notebook cell may well draw more than 20 figures; they are closed after it
 }
 
+LineStyle = str | tuple[int, tuple[float | int, ...]]  # matplotlib's names, or (offset, dashes and gaps in line widths)
+
 # Backends without a window or a notebook behind them: what they draw is seen only once it is saved.
 _NOT_SHOWN = {"agg", "cairo", "pdf", "pgf", "ps", "svg", "template"}
 
@@ -58,7 +60,7 @@ class Look:
     """What one model's line looks like: every field may be given to `Axes.plot` under its own name."""
 
     color: str
-    linestyle: str | tuple[float, tuple[float, ...]]
+    linestyle: LineStyle
     marker: str
     markerfacecolor: str
 
@@ -70,7 +72,7 @@ class ParadigmLook:
     words: str
     color: str
     far_color: str
-    linestyle: str | tuple[float, tuple[float, ...]]
+    linestyle: LineStyle
     marker: str
 
 
@@ -101,8 +103,7 @@ def looks(paradigms: Sequence[str]) -> list[Look]:
         same = [index for index, other in enumerate(paradigms) if paradigm_look(other) is shared]
         rank = same.index(position)
         color = _blend(shared.color, shared.far_color, rank / max(1, len(same) - 1))
-        filling = next(islice(cycle([color, "white"]), rank, None))
-        result.append(Look(color, shared.linestyle, shared.marker, filling))
+        result.append(Look(color, shared.linestyle, shared.marker, "white" if rank % 2 else color))
     return result
 
 
@@ -117,7 +118,7 @@ def new_axes() -> Axes:
 
     if matplotlib.get_backend().lower() in _NOT_SHOWN:
         return plain_axes()
-    figure, ax = pyplot.subplots(figsize=(COLUMN_WIDTH, AXES_HEIGHT), layout="constrained")
+    _, ax = pyplot.subplots(figsize=(COLUMN_WIDTH, AXES_HEIGHT), layout="constrained")
     return ax
 
 
@@ -129,4 +130,5 @@ def plain_axes() -> Axes:
 
 
 def _blend(start: str, end: str, share: float) -> str:
-    return to_hex([a + share * (b - a) for a, b in zip(to_rgb(start), to_rgb(end), strict=True)])
+    red, green, blue = (a + share * (b - a) for a, b in zip(to_rgb(start), to_rgb(end), strict=True))
+    return to_hex((red, green, blue))

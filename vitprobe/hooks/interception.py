@@ -59,8 +59,12 @@ def read_call(
     bias = None if attn_mask is None else attn_mask.detach()
     if enable_gqa and key.shape[-3] != query.shape[-3]:
         key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
+    if key.shape[:-2] != query.shape[:-2]:  # one key head for all queries: broadcast, as the kernel does
+        key = key.expand(*query.shape[:-2], *key.shape[-2:])
     if is_causal:
         bias = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, -torch.inf)
+    if bias is not None:  # a mask of keys alone, (B, 1, 1, N), is the same for each query; no memory is taken
+        bias = bias.expand(*bias.shape[:-2], query.shape[-2], key.shape[-2])
     return AttentionCall(query, key, 1 / math.sqrt(query.shape[-1]) if scale is None else scale, bias)

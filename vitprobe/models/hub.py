@@ -13,7 +13,6 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -28,7 +27,7 @@ _GATEWAY_TROUBLE = (407, 502, 503, 504)
 
 
 def hub_repository(source: str) -> str | None:
-    """The Hugging Face repository (`owner/name` or `owner/name@revision`) of a spec's source; None where it has none."""
+    """The Hugging Face repository (`owner/name` or `owner/name@revision`) of a spec's source, or None."""
     kind, _, name = source.partition(":")
     if kind == "hf-hub":
         return name
@@ -39,15 +38,19 @@ def hub_repository(source: str) -> str | None:
 
 
 def cached_weights(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path | None:
-    """The first of `filenames` that the local Hugging Face cache holds; asks no network."""
+    """The first of `filenames` that the local Hugging Face cache holds; asks no network.
+
+    Raises:
+        UserError: for what cannot be a repository's name.
+    """
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = repository.partition("@")
     for filename in filenames:
         try:
             found = try_to_load_from_cache(name, filename, revision=revision or None)
-        except ValueError:  # not a repository's name
-            return None
+        except ValueError as error:
+            raise UserError(f"{repository!r} is no repository of the Hugging Face hub: write owner/name") from error
         if isinstance(found, str):
             return Path(found)
     return None
@@ -107,7 +110,7 @@ def fetch_from_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -
     name, _, revision = repository.partition("@")
     for filename in filenames:
         try:
-            return Path(hf_hub_download(name, filename, revision=revision or None))
+            return Path(hf_hub_download(name, filename, revision=revision or None, endpoint=_endpoint()))
         except LocalEntryNotFoundError as error:  # the client's word for a network that failed
             raise _download_failed(repository, error) from error
         except EntryNotFoundError:
@@ -182,7 +185,7 @@ def why_no_answer(address: str, seconds: float = PATIENCE) -> str:
     """
     outcome: list[str] = []
     # A daemon, because a name look-up that hangs can be neither interrupted nor timed out.
-    thread = threading.Thread(target=lambda: outcome.append(_ask(address, seconds)), daemon=True)
+    thread = threading.Thread(target=lambda: outcome.append(_ask(address, seconds + 1)), daemon=True)
     thread.start()
     thread.join(seconds)
     return outcome[0] if outcome else f"no answer within {seconds:g} s"
@@ -191,7 +194,8 @@ def why_no_answer(address: str, seconds: float = PATIENCE) -> str:
 class _AnyAnswer(urllib.request.HTTPErrorProcessor):
     """Takes every status as an answer, and follows no redirection."""
 
-    def http_response(self, request, response):  # noqa: D102
+    def http_response(self, request, response):
+        """The response as it is."""
         return response
 
     https_response = http_response
@@ -214,7 +218,7 @@ def _ask(address: str, seconds: float) -> str:
         )
         with opener.open(urllib.request.Request(address, method="HEAD"), timeout=seconds) as response:
             return f"status {response.status}" if response.status in _GATEWAY_TROUBLE else ""
-    except (OSError, HTTPException, ValueError) as error:
+    except Exception as error:  # in a thread of its own, where nobody else would take it
         reason = error.reason if isinstance(error, urllib.error.URLError) else error
         # The hub client may know certificates that this Python does not: it decides.
         return "" if isinstance(reason, ssl.SSLCertVerificationError) else str(reason) or type(reason).__name__

@@ -1,4 +1,4 @@
-"""Reads what `torch.save` wrote without running anything in it: a pickle becomes plain data and records of tensors.
+"""Unpickles without running anything: what a file of `torch.save` names becomes plain data and records of tensors.
 
 `torch.load` is not used. Its weights-only mode refuses the harmless classes in official training checkpoints
 (argparse.Namespace, numpy scalars), and its other mode calls what the file names, hands TorchScript archives to
@@ -8,25 +8,12 @@ become records, and every other one an inert `Foreign`. The tensors' bytes are r
 
 from __future__ import annotations
 
-import io
-import math
-import mmap
 import pickle
-import struct
 import warnings
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
-
-ZIP_MAGIC = b"PK\x03\x04"
-# How torch.save opened its files before version 1.6: a pickled number, then a pickled version.
-LEGACY_MAGIC = b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
-_LEGACY_PROTOCOL = 1001
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -56,6 +43,18 @@ class BadFileError(Exception):
     """The file is not what `torch.save` writes, or is broken; the message says how, to follow the file's name."""
 
 
+def one_line(text: object, limit: int = 160) -> str:
+    """Text from a file, fit for a terminal: one line, printable, not endless."""
+    words = " ".join(str(text).split())
+    printable = "".join(letter if letter.isprintable() else "?" for letter in words[: limit + 1])
+    return printable if len(printable) <= limit else printable[: limit - 1] + "…"
+
+
+# What may be a key of a dict. Tuples may not: nested in themselves a few dozen times they take forever to hash, and
+# nested deeply they overrun the stack.
+_KEYS = (str, int, float, bytes, type(None))
+
+
 class _Inert:
     """What a pickle may do to an object while it is built - set its state - has no effect."""
 
@@ -72,6 +71,7 @@ class Foreign(_Inert):
     label: str = "object"
 
     def __new__(cls, *args: object, **kwargs: object) -> Foreign:
+        """Another one."""
         # A pickle makes instances by `named.__new__(named, …)`, where `named` is a Foreign itself.
         made = object.__new__(Foreign)
         made.label = cls.label
@@ -81,6 +81,7 @@ class Foreign(_Inert):
         pass
 
     def __call__(self, *args: object, **kwargs: object) -> Foreign:
+        """Another one."""
         return Foreign.__new__(self)  # type: ignore[arg-type]
 
     def append(self, item: object) -> None:
@@ -89,18 +90,12 @@ class Foreign(_Inert):
     def extend(self, items: object) -> None:
         """Nothing."""
 
-    def add(self, item: object) -> None:
-        """Nothing."""
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
 
 class _Mapping(_Inert, dict):
     """collections.OrderedDict: a dict already, less the attributes that a pickle would set."""
 
-    def __init__(self, *items: Any) -> None:
-        super().__init__(*items)
+    def __init__(self, pairs: Any = ()) -> None:
+        super().__init__((key, value) for key, value in pairs if isinstance(key, _KEYS))
 
 
 class _DefaultMapping(_Mapping):
@@ -115,7 +110,9 @@ class _Dtype(_Inert):
         self.dtype = dtype
 
 
-class _Storage(_Inert):
+class Storage(_Inert):
+    """A tensor's memory in the file: `numel` elements of `dtype`, under a key."""
+
     def __init__(self, key: str, dtype: torch.dtype, numel: int) -> None:
         self.key, self.dtype, self.numel = key, dtype, numel
 
@@ -123,7 +120,7 @@ class _Storage(_Inert):
 class TensorRecord(_Inert):
     """Where a tensor's bytes lie and how to read them; nothing in it has been checked."""
 
-    def __init__(self, storage: _Storage, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> None:
+    def __init__(self, storage: Storage, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> None:
         self.storage, self.dtype, self.offset, self.size, self.stride = storage, dtype, offset, size, stride
 
 
@@ -143,19 +140,25 @@ def _foreign(label: str) -> Foreign:
     return made
 
 
-def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    """torch._utils._rebuild_tensor and _v2; the rest: requires_grad, hooks, metadata."""
-    if not isinstance(storage, _Storage) or (len(rest) > 2 and rest[2]):
-        return _foreign("tensor of a kind that is not read here")
-    return TensorRecord(storage, storage.dtype, offset, size, stride)
+def _tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any = None, hooks: Any = None, metadata: Any = None
+) -> Any:
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
+    return _record(storage, getattr(storage, "dtype", None), offset, size, stride, metadata)
 
 
-def _tensor_with_dtype(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> Any:
-    """torch._utils._rebuild_tensor_v3; the rest: requires_grad, hooks, dtype, metadata."""
-    known = isinstance(storage, _Storage) and len(rest) > 2 and isinstance(rest[2], _Dtype)
-    if not known or (len(rest) > 3 and rest[3]):
+def _tensor_with_dtype(
+    storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
+) -> Any:
+    """torch._utils._rebuild_tensor_v3."""
+    return _record(storage, getattr(dtype, "dtype", None), offset, size, stride, metadata)
+
+
+def _record(storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, metadata: Any) -> Any:
+    # Metadata mark a tensor whose values are to be conjugated or negated.
+    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype) or metadata:
         return _foreign("tensor of a kind that is not read here")
-    return TensorRecord(storage, rest[2].dtype, offset, size, stride)
+    return TensorRecord(storage, dtype, offset, size, stride)
 
 
 def _parameter(data: Any, *rest: Any) -> Any:
@@ -192,9 +195,14 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
     Python's own in Python, not the one in C: that one allocates what a file of ten bytes claims to need.
     """
 
+    # What the machine of pickle._Unpickler works on.
+    stack: list[Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(self, file: Any) -> None:
         super().__init__(file, encoding="latin1")  # which decodes whatever Python 2 wrote
-        self.storages: dict[str, _Storage] = {}
+        self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         """The record that a name stands for."""
@@ -204,17 +212,54 @@ class _Reader(pickle._Unpickler):  # type: ignore[name-defined]
         """Nothing: extensions are names that this process has registered."""
         raise pickle.UnpicklingError("a pickle extension")
 
-    def persistent_load(self, saved_id: Any) -> _Storage:
+    def persistent_load(self, saved_id: Any) -> Storage:
         """The storage that a tensor lies in: ("storage", type, key, device, number of elements, view of another)."""
         kind, dtype, key, _, numel, *view = saved_id
         if kind != "storage" or not isinstance(dtype, _Dtype) or not isinstance(key, str) or any(view):
             raise pickle.UnpicklingError("a storage of an unknown kind")
         if type(numel) is not int:
             raise pickle.UnpicklingError("a storage without a size")
-        return self.storages.setdefault(key, _Storage(key, dtype.dtype, numel))
+        storage = self.storages.setdefault(key, Storage(key, dtype.dtype, numel))
+        if (storage.dtype, storage.numel) != (dtype.dtype, numel):
+            raise pickle.UnpicklingError("a storage that is said to be two things")
+        return storage
+
+    def _set_items(self, target: Any, items: list[Any]) -> None:
+        if isinstance(target, dict):
+            pairs = zip(items[::2], items[1::2], strict=True)
+            target.update((key, value) for key, value in pairs if isinstance(key, _KEYS))
+
+    def _load_setitem(self) -> None:
+        items, self.stack[-2:] = self.stack[-2:], []
+        self._set_items(self.stack[-1], items)
+
+    def _load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set_items(self.stack[-1], items)
+
+    def _load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(self.stack[-1], items)
+
+    def _load_additems(self) -> None:
+        self.pop_mark()  # what is in a set is hashed, and no weights are in sets
+
+    def _load_frozenset(self) -> None:
+        self.pop_mark()
+        self.append(frozenset())
+
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = {
+        **pickle._Unpickler.dispatch,  # type: ignore[attr-defined]
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
+        pickle.DICT[0]: _load_dict,
+        pickle.ADDITEMS[0]: _load_additems,
+        pickle.FROZENSET[0]: _load_frozenset,
+    }
 
 
-def _unpickle(file: Any) -> tuple[Any, dict[str, _Storage]]:
+def unpickle(file: Any) -> tuple[Any, dict[str, Storage]]:
     """The plain data of one pickle, and the storages it names."""
     reader = _Reader(file)
     with warnings.catch_warnings():
@@ -222,145 +267,5 @@ def _unpickle(file: Any) -> tuple[Any, dict[str, _Storage]]:
         try:
             return reader.load(), reader.storages
         except Exception as error:  # a broken pickle can raise nearly anything
-            reason = " ".join(str(error).split())[:120]
-            raise BadFileError(f"is damaged: its pickle cannot be read ({type(error).__name__}: {reason})") from error
-
-
-@dataclass(frozen=True)
-class SavedFile:
-    """A file of `torch.save`: its content as plain data, and how to read a storage's bytes into a tensor."""
-
-    content: Any
-    read_storage: Callable[[_Storage], Tensor]
-
-    def tensors(self, records: dict[str, TensorRecord]) -> dict[str, Tensor]:
-        """The tensors of some records; those that share memory in the file share it here.
-
-        Raises:
-            BadFileError: for a record that does not lie within its storage, or a file that ends too early.
-        """
-        storages: dict[str, Tensor] = {}
-        tensors = {}
-        for name, record in records.items():
-            try:
-                if record.storage.key not in storages:
-                    storages[record.storage.key] = self.read_storage(record.storage)
-                tensors[name] = _view(storages[record.storage.key], record)
-            except BadFileError as error:
-                raise BadFileError(f"is damaged at {name}: {error}") from error
-            except (ValueError, TypeError, RuntimeError, MemoryError, OSError, zipfile.BadZipFile) as error:
-                reason = " ".join(str(error).split())[:120]
-                raise BadFileError(f"is damaged at {name} ({type(error).__name__}: {reason})") from error
-        return tensors
-
-
-def _view(storage: Tensor, record: TensorRecord) -> Tensor:
-    """One tensor of a storage's bytes, if the record is sane."""
-    size, stride = tuple(record.size), tuple(record.stride)
-    numbers = (record.offset, *size, *stride)
-    if len(size) != len(stride) or any(type(number) is not int or number < 0 for number in numbers):
-        raise BadFileError("its shape makes no sense")
-    elements = storage.numel() // record.dtype.itemsize
-    numel = math.prod(size)
-    if numel == 0:
-        return torch.empty(size, dtype=record.dtype)
-    last = record.offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
-    # More elements than the storage holds would be a small file that asks for any amount of memory.
-    if last >= elements or numel > elements:
-        raise BadFileError("it reaches beyond its storage")
-    return storage.view(record.dtype).as_strided(size, stride, record.offset)
-
-
-def _nbytes(storage: _Storage) -> int:
-    return storage.numel * storage.dtype.itemsize
-
-
-def read_zip(path: Path) -> SavedFile:
-    """A file of `torch.save` since torch 1.6.
-
-    Raises:
-        BadFileError: for another zip archive, TorchScript, or a damaged file.
-    """
-    try:
-        archive = zipfile.ZipFile(path)
-        records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
-        raise BadFileError(f"is a damaged or cut-off zip archive ({error})") from error
-    if "constants.pkl" in records or any(name.startswith("code/") for name in records):
-        raise BadFileError("is a TorchScript archive, which holds code: save model.state_dict() instead")
-    if "data.pkl" not in records:
-        raise BadFileError("is a zip archive that torch.save did not write")
-
-    budget = path.stat().st_size  # archives may describe the same bytes again and again
-
-    def read(name: str) -> bytes:
-        nonlocal budget
-        info = records.get(name)
-        if info is None:
-            raise BadFileError(f"is damaged: it has no record {name}")
-        budget -= info.file_size
-        if info.compress_type != zipfile.ZIP_STORED or budget < 0:
-            raise BadFileError("is damaged: its records are not stored as torch.save stores them")
-        try:
-            return archive.read(info)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, struct.error) as error:
-            raise BadFileError(f"is damaged: {' '.join(str(error).split())[:120]}") from error
-
-    if "byteorder" in records and read("byteorder") != b"little":
-        raise BadFileError("was saved on a big-endian machine, which is not read here")
-    content, _ = _unpickle(io.BytesIO(read("data.pkl")))
-
-    def read_storage(storage: _Storage) -> Tensor:
-        data = read(f"data/{storage.key}")
-        if len(data) != _nbytes(storage):
-            raise BadFileError(f"its storage has {len(data)} bytes instead of {_nbytes(storage)}")
-        return _bytes_to_tensor(data)
-
-    return SavedFile(content, read_storage)
-
-
-def read_legacy(path: Path) -> SavedFile:
-    """A file of `torch.save` before torch 1.6 (or with `_use_new_zipfile_serialization=False`).
-
-    Raises:
-        BadFileError: for a damaged file.
-    """
-    with path.open("rb") as file:
-        # Bounds every read by the file's size, whatever length the pickle claims.
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    _unpickle(data)  # the magic number, which brought us here
-    protocol, _ = _unpickle(data)
-    if protocol != _LEGACY_PROTOCOL:
-        raise BadFileError("was saved by a version of torch that is not known")
-    system, _ = _unpickle(data)
-    if not isinstance(system, dict) or system.get("little_endian") is not True:
-        raise BadFileError("was saved on a big-endian machine, which is not read here")
-    content, storages = _unpickle(data)
-    keys, _ = _unpickle(data)
-
-    # After the pickles, each storage: its number of elements, and these.
-    places: dict[str, int] = {}
-    position = data.tell()
-    for key in keys if isinstance(keys, list) else ():
-        if not isinstance(key, str) or key not in storages or len(data) < position + 8:
-            raise BadFileError("is damaged or cut off")
-        if struct.unpack_from("<q", data, position)[0] != storages[key].numel:
-            raise BadFileError("is damaged: a storage is not as long as it should be")
-        places[key] = position + 8
-        position += 8 + _nbytes(storages[key])
-
-    def read_storage(storage: _Storage) -> Tensor:
-        start, length = places.get(storage.key, len(data)), _nbytes(storage)
-        if length < 0 or len(data) < start + length:
-            raise BadFileError("the file is cut off")
-        return _bytes_to_tensor(data[start : start + length])
-
-    return SavedFile(content, read_storage)
-
-
-def _bytes_to_tensor(data: bytes) -> Tensor:
-    """The bytes as uint8, in memory of torch's own (aligned and writable)."""
-    tensor = torch.empty(len(data), dtype=torch.uint8)
-    if data:
-        memoryview(tensor.numpy())[:] = data
-    return tensor
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise BadFileError(f"is damaged: its pickle cannot be read ({reason})") from error

@@ -96,10 +96,10 @@ def token_layout(module: nn.Module, image_size: tuple[int, int] | None = None) -
     trunk = find_trunk(module)
     holder: Any = getattr(trunk, "embeds", trunk)  # NaFlexVit keeps its tokens in `.embeds`
     embedding: Any = getattr(trunk, "patch_embed", getattr(trunk, "embeds", None))
-    if embedding is None:
+    if not hasattr(embedding, "dynamic_feat_size") and not hasattr(embedding, "patch_size"):
         raise AttentionNotSeenError(
-            f"{type(module).__name__} has blocks but no .patch_embed, so its patch grid is not known; "
-            f"use an isotropic Vision Transformer of timm (vitprobe models)"
+            f"{type(module).__name__} has blocks but no .patch_embed with a patch size, so its patch grid is not "
+            f"known; use an isotropic Vision Transformer of timm (vitprobe models)"
         )
     if image_size is None:
         image_size = default_image_size(module)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -105,8 +106,9 @@ def analyze(
     began = time.perf_counter()
     try:
         with prepared(loaded.module, chosen_device):
-            batches = _batches(images, preprocess, num_images, seed, size, workers, chosen_device)
-            run.go(batches, chosen_device, progress, _total(images, num_images), statistics)
+            # Closed, or reading processes would outlive an error by seconds.
+            with closing(_batches(images, preprocess, num_images, seed, size, workers, chosen_device)) as batches:
+                run.go(batches, chosen_device, progress, _total(images, num_images), statistics)
         run.finish("complete", images, began)
     except KeyboardInterrupt:
         run.finish("interrupted", images, began)
@@ -116,7 +118,7 @@ def analyze(
 
 def _total(images: Images, num_images: int | None) -> int | None:
     """Images that there will be, as far as that is known."""
-    known = None if isinstance(images, LoaderImages) else len(images)
+    known = images.announced if isinstance(images, LoaderImages) else len(images)
     return min((count for count in (known, num_images) if count is not None), default=None)
 
 
@@ -128,7 +130,7 @@ def _batches(
     batch_size: int,
     workers: int | None,
     device: torch.device,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """The batches to analyse, in the order of the draw."""
     if isinstance(images, LoaderImages):
         return _first(iterate_loader(images), num_images)
@@ -145,7 +147,7 @@ def _batches(
     )
 
 
-def _first(batches: Iterator[Batch], num_images: int | None) -> Iterator[Batch]:
+def _first(batches: Iterator[Batch], num_images: int | None) -> Generator[Batch, None, None]:
     """Batches until `num_images` have come."""
     seen = 0
     for batch in batches:

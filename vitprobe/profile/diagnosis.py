@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.profile.intervals import Estimate
@@ -22,6 +22,7 @@ OWN = 3.0  # patches look "much" at themselves where the whole interval lies abo
 CLEARLY_NEARER = 0.5
 
 
+@runtime_checkable
 class Measured(Protocol):
     """What a diagnosis reads of a `Profile` (which calls this module, so it is not imported here)."""
 
@@ -129,6 +130,8 @@ def _verdict(profile: Measured, found: dict[str, Estimate]) -> tuple[str, str]:
     if (own := found.get("patch_self_attention_ratio")) is not None:
         much = _low(own) > OWN / layout.num_patches
         parts.append("patches look much at themselves" if much else "patches look mostly at each other")
+    if not parts:
+        parts.append("none of the paper's three statistics was measured, so there is no verdict")
     if "cls_self_attention" not in found and "cls_entropy_share" not in found:
         step = (
             "next: there is no [cls] attention to judge; read the patch tokens, averaged or pooled by attention, and "

@@ -59,14 +59,16 @@ def estimate(
     `bounds`. With fewer than two groups the interval is NaN.
     """
     means = group_means(values, groups)
-    n, mean = len(means), means.mean(axis=0)
-    nothing = np.full(mean.shape, np.nan)
-    logarithmic = bounds == (bounds[0], np.inf) and bounds[0] >= 0
+    n, mean = len(means), np.asarray(means.mean(axis=0))
+    logarithmic = bounds[0] >= 0 and bounds[1] == np.inf
     if n < 2 or (logarithmic and not (np.isfinite(means) & (means > 0)).all()):
+        nothing = np.full(mean.shape, np.nan)
         return Estimate(mean, mean, nothing, nothing, n, "none")
     scaled = np.log(means) if logarithmic else means
-    middle = scaled.mean(axis=0)
+    middle = np.asarray(scaled.mean(axis=0))
     half = stats.t.ppf((1 + level) / 2, n - 1) * scaled.std(axis=0, ddof=1) / np.sqrt(n)
-    if logarithmic:
-        return Estimate(mean, np.exp(middle), np.exp(middle - half), np.exp(middle + half), n, "log-t")
-    return Estimate(mean, mean, *np.clip([middle - half, middle + half], *bounds), n, "t")
+    ends = np.stack([middle - half, middle + half])
+    low, high = np.exp(ends) if logarithmic else np.clip(ends, *bounds)
+    center = np.exp(middle) if logarithmic else mean
+    kind = "log-t" if logarithmic else "t"
+    return Estimate(mean, np.asarray(center), np.asarray(low), np.asarray(high), n, kind)

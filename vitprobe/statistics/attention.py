@@ -96,7 +96,7 @@ def cls_entropy(view: AttentionView) -> PerHead:
     return _clamp_entropy(view.rows.entropy[..., 0], view.layout)
 
 
-@declare("cls_entropy_share", "[cls] attention entropy / log N", "share", _share, "cls")
+@declare("cls_entropy_share", "[cls] attention entropy / log N", "share", _share, "cls patches")
 def cls_entropy_share(view: AttentionView) -> PerHead:
     """`cls_entropy` as a share of its maximum log N, 0 to 1: comparable between grids."""
     return cls_entropy(view) / math.log(view.layout.num_patches)
@@ -144,7 +144,7 @@ def patch_entropy(view: AttentionView) -> PerHead:
     return _clamp_entropy(view.rows.entropy[..., view.layout.patches].mean(dim=-1), view.layout)
 
 
-@declare("patch_entropy_share", "patch attention entropy / log N", "share", _share)
+@declare("patch_entropy_share", "patch attention entropy / log N", "share", _share, "patches")
 def patch_entropy_share(view: AttentionView) -> PerHead:
     """`patch_entropy` as a share of its maximum log N, 0 to 1."""
     return patch_entropy(view) / math.log(view.layout.num_patches)

@@ -20,6 +20,7 @@ Need = str  # one of NEEDS
 NEEDS = {
     "cls": "a [cls] token",
     "registers": "register tokens",
+    "patches": "more than one patch",
     "residual": "the residual stream, hooked at the block",
     "update": "an attention update that the block adds on its own, apart from its MLP's",
 }
@@ -58,8 +59,8 @@ class Statistic:
 
     def undefined(self, layout: TokenLayout, available: frozenset[Need]) -> str | None:
         """Why it is undefined for a model of this layout whose capture offers `available`; None if it is defined."""
-        has = available | ({"cls"} if layout.has_cls else set()) | ({"registers"} if layout.num_registers else set())
-        missing = sorted(self.needs - has)
+        of_layout = {"cls": layout.has_cls, "registers": layout.num_registers > 0, "patches": layout.num_patches > 1}
+        missing = sorted(need for need in self.needs - available if not of_layout.get(need, False))
         return f"needs {' and '.join(NEEDS[need] for need in missing)}" if missing else None
 
 
@@ -84,6 +85,8 @@ def select(names: Sequence[str] | None) -> list[Statistic]:
     """
     if names is None:
         return list(STATISTICS.values())
+    if isinstance(names, str):
+        names = [names]
     for name in names:
         if name not in STATISTICS:
             near = difflib.get_close_matches(name, STATISTICS, n=3, cutoff=0.5) or list(STATISTICS)

@@ -1,0 +1,23 @@
+"""What every test needs: one thread a worker, the same random numbers each time, no drawing on a screen."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
+
+# The same examples each time, and no time limit for each: the machine may be busy.
+settings.register_profile("vitprobe", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("vitprobe")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    np.random.seed(0)

@@ -1,0 +1,54 @@
+"""Profiles made of chosen numbers, for tests of what is said and drawn of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import numpy as np
+
+from vitprobe.models.tokens import TokenLayout
+from vitprobe.profile.profile import Profile
+from vitprobe.profile.values import MemoryValues, Shard
+from vitprobe.statistics import STATISTICS
+
+
+def make_profile(
+    curves: dict[str, list[float] | np.ndarray],
+    *,
+    name: str = "toy",
+    paradigm: str = "MIM",
+    layout: TokenLayout | None = None,
+    heads: int = 2,
+    images: int = 40,
+    spread: float = 0.01,
+    groups: int | None = None,
+    signature: str = "Toy depth 3",
+    weights: str = "0" * 64,
+    undefined: dict[str, str] | None = None,
+) -> Profile:
+    """A profile whose means over heads and images are exactly `curves` (one number a block)."""
+    layout = layout or TokenLayout(grid=(8, 8), has_cls=True, patch_size=(4, 4))
+    rng, arrays = np.random.default_rng(0), {}
+    for statistic, curve in curves.items():
+        count = heads if STATISTICS[statistic].per_head else 1
+        noise = rng.normal(0, spread, (images, len(curve), count))
+        noise -= noise.mean(axis=(0, 2), keepdims=True)
+        arrays[statistic] = (np.asarray(curve)[None, :, None] + noise).astype(np.float32)
+    names = [f"{i:03d}.png" for i in range(images)]
+    group_names = names if groups is None else [f"g{i * groups // images}" for i in range(images)]
+    manifest = {
+        "format_version": 1,
+        "status": "complete",
+        "model": {
+            "name": name,
+            "paradigm": paradigm,
+            "num_blocks": len(next(iter(curves.values()))),
+            "signature": signature,
+            "weights_sha256": weights,
+        },
+        "layout": asdict(layout),
+        "undefined": undefined or {},
+        "data": {"skipped": [], "source": "numbers made up for a test"},
+    }
+    values = MemoryValues([Shard(names, group_names, arrays)])
+    return Profile(manifest, values)

@@ -1,0 +1,399 @@
+"""Every statistic of the table against the float64 reference, on every kind of Vision Transformer that timm has."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import assert_all_close, assert_close, images, random_view, tiny, tiny_vit
+from tests.reference import (
+    BlockTokens,
+    largest_logit,
+    reference_attention,
+    reference_statistics,
+    unfused_run,
+)
+from vitprobe.attention.view import AttentionView
+from vitprobe.errors import UserError
+from vitprobe.hooks.capture import Capture, capture
+from vitprobe.models.tokens import TokenLayout
+from vitprobe.statistics import NEEDS, STATISTICS, Statistic, compute_statistics, select
+
+SMALL = {"img_size": 32, "patch_size": 8}
+
+# architecture → (options, what the layout must be: grid, prefix tokens, [cls], registers, patch size)
+ARCHITECTURES: dict[str, tuple[dict[str, Any], tuple]] = {
+    "vit_base_patch16_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),
+    "vit_base_patch14_reg4_dinov2": (SMALL, ((4, 4), 5, True, 4, (8, 8))),  # registers, LayerScale
+    "vit_medium_patch16_reg4_gap_256": (SMALL, ((4, 4), 4, False, 4, (8, 8))),  # registers without [cls]
+    "deit_tiny_distilled_patch16_224": (SMALL, ((4, 4), 2, True, 0, (8, 8))),
+    "vit_small_patch16_dinov3": (SMALL, ((4, 4), 5, True, 4, (8, 8))),  # RoPE
+    "beit_base_patch16_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # relative-position bias
+    "vit_relpos_small_patch16_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),
+    "vit_srelpos_small_patch16_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),  # one bias shared by all blocks
+    "vit_base_patch16_siglip_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),  # pooled by attention
+    "vit_pe_core_tiny_patch16_384": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # RoPE, [cls] and pooled by attention
+    "vit_tiny_r_s16_p8_224": ({"img_size": 64}, ((2, 2), 1, True, 0, (32, 32))),  # convolutional stem
+    "vit_small_patch16_18x2_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # two attentions side by side
+    "vit_base_patch16_xp_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # attention and MLP in one projection
+    "vit_base_patch16_rpn_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),  # norm behind attention
+    "vit_relpos_base_patch16_rpn_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),
+    "eva02_enormous_patch14_clip_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # norm behind attention
+    "vit_base_patch16_radio_v3": (SMALL, ((4, 4), 8, True, 7, (8, 8))),
+    "naflexvit_base_patch16_gap": ({"patch_size": 8}, ((4, 4), 4, False, 4, (8, 8))),
+    "deepseek_vit_412m": (SMALL, ((4, 4), 0, False, 0, (8, 8))),  # blocks in .encoder
+    "gemma4_vit_167m": (
+        {"img_size": 48, "patch_size": 8, "head_dim": 16, "intermediate_size": 64},
+        ((6, 6), 0, False, 0, (8, 8)),
+    ),  # scale 1, norm behind attention
+}
+NON_SQUARE = {
+    "vit_base_patch16_224": ((32, 48), {"img_size": (32, 48), "patch_size": 8}),
+    "beit_base_patch16_224": ((48, 32), {"img_size": (48, 32), "patch_size": 8}),
+    "vit_small_patch16_dinov3": ((48, 32), SMALL),  # a dynamic grid: not the one it was built for
+    "naflexvit_base_patch16_gap": ((24, 40), {"patch_size": 8}),
+}
+HEADS = {"vit_small_patch16_18x2_224": 8}  # two attentions of four heads
+
+
+def reference_of(view: AttentionView, A: np.ndarray, tokens: BlockTokens | None) -> dict[str, np.ndarray]:
+    layout = view.layout
+    return reference_statistics(
+        A,
+        grid=layout.grid,
+        prefix=layout.num_prefix_tokens,
+        has_cls=layout.has_cls,
+        registers=layout.num_registers,
+        patch_size=layout.patch_size,
+        tokens=tokens,
+    )
+
+
+def reference_of_factors(view: AttentionView) -> dict[str, np.ndarray]:
+    """The reference from the same queries and keys; residual norms stand in for one-dimensional tokens."""
+    tokens = None
+    if view.residual_norms is not None:
+        norms = (view.residual_norms, view.output_norms, view.update_norms, view.unscaled_update_norms)
+        tokens = BlockTokens(*[None if n is None else n.double().numpy()[..., None] for n in norms])
+    return reference_of(view, reference_attention(view.query, view.key, view.scale, view.bias), tokens)
+
+
+def assert_matches_reference(attention: Capture, **how: float) -> None:
+    values = attention.statistics()
+    for view in attention:
+        bound = {"max_logit": largest_logit(view.query, view.key, view.scale, view.bias)} | how
+        assert_all_close(
+            {name: value[:, view.block] for name, value in values.items()}, reference_of_factors(view), **bound
+        )
+
+
+def test_the_reference_covers_exactly_the_table() -> None:
+    layout = TokenLayout(grid=(2, 2), has_cls=True, num_registers=1)
+    assert set(reference_of_factors(random_view(layout))) == set(STATISTICS)
+    assert set(compute_statistics(random_view(layout))) == set(STATISTICS)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_statistics_equal_the_reference_of_the_models_own_attention(name: str) -> None:
+    """In float64: the capture of the fused model against A and the tokens of an unfused run without capture."""
+    options, (grid, prefix, has_cls, registers, patch_size) = ARCHITECTURES[name]
+    model = tiny(name, **options).double()
+    x = images(2, options.get("img_size", 32)).double()
+    expected = unfused_run(model, x)
+    with torch.no_grad(), capture(model) as attention:
+        model(x)
+    values = attention.statistics()
+    assert len(attention) == len(expected) == 2
+    for view, trace in zip(attention, expected, strict=True):
+        layout = view.layout
+        assert (layout.grid, layout.num_prefix_tokens, layout.has_cls) == (grid, prefix, has_cls)
+        assert (layout.num_registers, layout.patch_size) == (registers, patch_size)
+        assert view.num_heads == HEADS.get(name, 4)
+        assert trace.A.max() > 0.2, "attention is not peaked: the test would see little"
+        assert_close(view.probabilities(), trace.A, tolerance=1e-9)
+        of_block = {key: value[:, view.block] for key, value in values.items()}
+        reference = reference_of(view, trace.A, trace.tokens)
+        assert_all_close(of_block, reference, tolerance=1e-8)
+        assert set(of_block) | set(attention.undefined) == set(STATISTICS)
+    assert all(value.dtype == torch.float64 for value in values.values())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_float32_statistics_stay_within_the_error_bound(name: str) -> None:
+    options, _ = ARCHITECTURES[name]
+    model = tiny(name, **options)
+    with torch.no_grad(), capture(model) as attention:
+        model(images(2, options.get("img_size", 32)))
+    assert_matches_reference(attention)
+
+
+@pytest.mark.parametrize("name", NON_SQUARE)
+def test_images_that_are_not_square(name: str) -> None:
+    (height, width), options = NON_SQUARE[name]
+    model = tiny(name, **options).double()
+    x = images(2, height, width).double()
+    expected = unfused_run(model, x)
+    with torch.no_grad(), capture(model) as attention:
+        model(x)
+    values = attention.statistics()
+    for view, trace in zip(attention, expected, strict=True):
+        assert view.layout.grid == (height // 8, width // 8)
+        of_block = {key: value[:, view.block] for key, value in values.items()}
+        assert_all_close(of_block, reference_of(view, trace.A, trace.tokens), tolerance=1e-8)
+
+
+def test_beit_keeps_its_bias_in_float32_under_autocast() -> None:
+    model = tiny("beit_base_patch16_224", **SMALL)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), capture(model) as attention:
+        model(images())
+    for view in attention:
+        assert view.query.dtype == torch.bfloat16
+        assert view.bias is not None and view.bias.dtype == torch.float32
+        assert (view.bias.bfloat16() != view.bias).any()
+    assert all(value.dtype == torch.float32 for value in attention.statistics().values())
+    assert_matches_reference(attention)
+
+
+# Extremes ------------------------------------------------------------------------------------------------------------
+
+LAYOUT = TokenLayout(grid=(4, 5), has_cls=True, num_distillation=1, num_registers=3, patch_size=(16, 8))
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 1, 10, 50, 100])
+def test_error_bound_at_large_logits(sharpness: float) -> None:
+    view = random_view(LAYOUT, sharpness=sharpness)
+    max_logit = largest_logit(view.query, view.key, view.scale, None)
+    if sharpness == 100:
+        assert max_logit > 300
+    assert_all_close(compute_statistics(view), reference_of_factors(view), max_logit=max_logit)
+
+
+@pytest.mark.parametrize("sharpness", [1, 30])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype, sharpness: float) -> None:
+    view = random_view(LAYOUT, sharpness=sharpness, dtype=dtype)
+    values = compute_statistics(view)
+    assert all(value.dtype == torch.float32 for value in values.values())
+    max_logit = largest_logit(view.query, view.key, view.scale, None)
+    assert_all_close(values, reference_of_factors(view), max_logit=max_logit)
+
+
+@pytest.mark.parametrize("mass", [0.9, 0.999999, 0.999999997])
+def test_cls_that_keeps_almost_everything(mass: float) -> None:
+    """1 − A_00 has no correct digit here in float32; nothing may be computed from it."""
+    view = random_view(LAYOUT, sharpness=4, dtype=torch.float64)
+    query, key = view.query, view.key
+    row = view.scale * query[:, :, :1] @ key.transpose(-1, -2)
+    others = row[..., 1:].logsumexp(-1)
+    wanted = others + math.log(mass / (1 - mass))  # the logit with which [cls] gets just this mass
+    along = query[:, :, 0] / query[:, :, 0].square().sum(-1, keepdim=True)
+    key[:, :, 0] += along * (wanted - row[..., 0]) / view.scale
+    view = AttentionView(0, query.float(), key.float(), view.scale, None, LAYOUT)
+    values = compute_statistics(view)
+    assert_close(values["cls_self_attention"], np.full((2, 3), mass), tolerance=1e-5)
+    expected = reference_of_factors(view)
+    assert_all_close(values, expected, max_logit=largest_logit(view.query, view.key, view.scale, None))
+    # Small values are held to the bound relative to themselves too, which the floor of 1e-2 would forgive.
+    ratio = values["cls_to_patches"].double().numpy() / expected["cls_to_patches"]
+    assert_close(ratio, np.ones_like(ratio))
+
+
+def test_model_whose_weights_make_cls_keep_almost_everything() -> None:
+    model = tiny_vit()
+    with torch.no_grad():
+        for block in model.blocks:
+            weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+            weight[32:64], bias[32:64] = weight[:32], bias[:32]  # keys like queries: each token looks at itself
+            weight[:64] *= 2.5
+        model.cls_token *= 3
+    with torch.no_grad(), capture(model) as attention:
+        model(images())
+    values = attention.statistics()
+    assert values["cls_self_attention"].max() > 0.999999
+    assert all(value.isfinite().all() for value in values.values())
+    assert_matches_reference(attention)
+
+
+def test_odds_beyond_float32_are_infinite_and_all_else_stays_right() -> None:
+    view = random_view(LAYOUT)
+    view.key[:, :, 0] = 80 * view.query[:, :, 0]
+    values = compute_statistics(view)
+    assert (values["cls_self_attention"] == 1).all()
+    assert values["cls_self_attention_ratio"].isinf().any()
+    expected = reference_of_factors(view)
+    for both in (values, expected):
+        both.pop("cls_self_attention_ratio")
+    assert_all_close(values, expected, max_logit=largest_logit(view.query, view.key, view.scale, None))
+
+
+def test_values_lie_within_their_declared_bounds() -> None:
+    for sharpness in (0, 1, 100):
+        view = random_view(LAYOUT, sharpness=sharpness)
+        for name, value in compute_statistics(view).items():
+            lowest, highest = STATISTICS[name].bounds(LAYOUT)
+            assert value.min() >= lowest - 1e-4 * max(1, abs(lowest)), name
+            assert value.max() <= highest * (1 + 1e-4), name
+
+
+# Definitions that need no model --------------------------------------------------------------------------------------
+
+
+def test_a_row_masked_from_all_patches_has_mass_zero_there() -> None:
+    layout = TokenLayout(grid=(2, 2), has_cls=True)
+    causal = torch.zeros(5, 5).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+    values = compute_statistics(random_view(layout, bias=causal))
+    assert (values["cls_self_attention"] == 1).all()
+    assert (values["cls_self_attention_ratio"] == torch.inf).all()
+    assert (values["cls_to_patches"] == 0).all()
+    assert values["cls_entropy"].isnan().all()  # 0 / 0: there is nothing to share
+    for name in ("patch_self_attention", "patch_entropy", "patches_to_cls", "attention_distance"):
+        assert values[name].isfinite().all(), name
+
+
+def test_one_patch_has_no_entropy_share() -> None:
+    layout = TokenLayout(grid=(1, 1), has_cls=True)
+    view = random_view(layout)
+    values = compute_statistics(view)
+    assert_all_close(values, reference_of_factors(view))
+    assert not {"cls_entropy_share", "patch_entropy_share"} & set(values)
+    assert STATISTICS["cls_entropy_share"].undefined(layout, frozenset()) == "needs more than one patch"
+    assert (values["cls_entropy"] == 0).all() and (values["patch_self_attention_ratio"] == 1).all()
+    assert (values["attention_distance"] == 0).all()
+
+
+def test_entropy_further_out_than_rounding_is_left_to_be_seen() -> None:
+    layout = TokenLayout(grid=(2, 2), has_cls=True)
+    view = random_view(layout)
+    maximum = math.log(4)
+    entropy = view.rows.entropy
+    entropy[:, 0, 0], entropy[:, 1, 0], entropy[:, 2, 0] = maximum + 1e-6, maximum + 1, -1e-6
+    value = compute_statistics(view, ["cls_entropy"])["cls_entropy"]
+    assert_close(value, np.tile([maximum, maximum + 1, 0], (2, 1)), tolerance=1e-7)
+
+
+def test_residual_statistics_by_hand() -> None:
+    layout = TokenLayout(grid=(1, 3), has_cls=True)
+    view = random_view(layout, batch=1)
+    view = AttentionView(
+        **{name: getattr(view, name) for name in ("block", "query", "key", "scale", "bias", "layout")},
+        residual_norms=torch.tensor([[2.0, 1, 2, 4]]),
+        update_norms=torch.tensor([[1.0, 1, 1, 1]]),
+        unscaled_update_norms=torch.tensor([[4.0, 2, 2, 2]]),
+        output_norms=torch.tensor([[100.0, 1, 2, 6]]),
+    )
+    values = {name: value.item() for name, value in compute_statistics(view).items() if not STATISTICS[name].per_head}
+    assert values == pytest.approx(
+        {
+            "cls_update_ratio": 0.5,
+            "cls_update_ratio_unscaled": 2.0,
+            "patch_update_ratio": (1 + 1 / 2 + 1 / 4) / 3,
+            "patch_update_ratio_unscaled": (2 + 1 + 1 / 2) / 3,
+            "patch_norm_max_ratio": 3.0,
+        }
+    )
+
+
+# The table -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_entry_declares_itself_in_full() -> None:
+    for name, statistic in STATISTICS.items():
+        assert isinstance(statistic, Statistic) and statistic.name == name and statistic.label
+        assert statistic.unit in {"share", "ratio", "nats", "patches", "px"}
+        assert statistic.needs <= set(NEEDS)
+        lowest, highest = statistic.bounds(LAYOUT)
+        assert 0 <= lowest < highest
+        assert statistic.bounded == math.isfinite(highest)
+        assert statistic.compute.__doc__
+
+
+def test_figures_and_released_names_of_the_paper() -> None:
+    figures = {statistic.figure: name for name, statistic in STATISTICS.items() if statistic.figure}
+    assert figures == {3: "cls_self_attention", 4: "cls_entropy", 5: "patch_self_attention_ratio"}
+    released = {statistic.released_name: name for name, statistic in STATISTICS.items() if statistic.released_name}
+    assert released == {
+        "cls_cls_attention": "cls_self_attention",
+        "cls_cls_attention_adj_for_cls": "cls_self_attention_ratio",
+        "cls_pos_attention": "cls_to_patches",
+        "cls_pos_entropy": "cls_entropy",
+        "pos_self_attention": "patch_self_attention",
+        "pos_self_attention_adj_for_cls": "patch_self_attention_ratio",
+        "pos_cls_attention": "patches_to_cls",
+        "pos_pos_entropy": "patch_entropy",
+        "cls_magnitude": "cls_update_ratio_unscaled",
+        "pos_magnitude": "patch_update_ratio_unscaled",
+    }
+
+
+def test_unbounded_statistics_are_the_ratios() -> None:
+    assert {name for name, statistic in STATISTICS.items() if not statistic.bounded} == {
+        "cls_self_attention_ratio",
+        "cls_update_ratio",
+        "cls_update_ratio_unscaled",
+        "patch_update_ratio",
+        "patch_update_ratio_unscaled",
+        "patch_norm_max_ratio",
+    }
+
+
+def test_what_is_undefined_says_why() -> None:
+    layout = TokenLayout(grid=(2, 2), has_cls=False, num_registers=1)
+    view = random_view(layout, norms=False)
+    values = compute_statistics(view)
+    assert set(values) == {name for name, s in STATISTICS.items() if s.needs <= {"registers", "patches"}}
+    assert STATISTICS["cls_entropy"].undefined(layout, frozenset()) == "needs a [cls] token"
+    assert STATISTICS["patch_update_ratio"].undefined(layout, frozenset({"residual"})) == (
+        "needs an attention update that the block adds on its own, apart from its MLP's"
+    )
+    assert STATISTICS["cls_update_ratio"].undefined(layout, frozenset()) == (
+        "needs a [cls] token and the residual stream, hooked at the block and an attention update that the block adds "
+        "on its own, apart from its MLP's"
+    )
+    assert STATISTICS["cls_to_registers"].undefined(TokenLayout((2, 2), has_cls=True), frozenset()) == (
+        "needs register tokens"
+    )
+    assert STATISTICS["cls_to_registers"].undefined(LAYOUT, frozenset()) is None
+
+
+def test_select_keeps_the_order_of_the_table_and_takes_one_name() -> None:
+    assert [s.name for s in select(["patch_entropy", "cls_entropy"])] == ["cls_entropy", "patch_entropy"]
+    assert [s.name for s in select("cls_entropy")] == ["cls_entropy"]
+    assert select(None) == list(STATISTICS.values())
+
+
+def test_an_unknown_statistic_lists_the_nearest() -> None:
+    with pytest.raises(UserError) as error:
+        select(["cls_entrophy"])
+    assert str(error.value) == (
+        "there is no statistic 'cls_entrophy'; the nearest are cls_entropy, cls_entropy_share, patch_entropy"
+    )
+    with pytest.raises(
+        UserError, match=r"there is no statistic 'zzz'; the nearest are cls_self_attention, .*max_ratio$"
+    ):
+        select(["zzz"])
+
+
+def test_the_reference_and_the_trace_can_fail() -> None:
+    """The reference notices another matrix: a transposed A, or a grid with its sides exchanged."""
+    view = random_view(LAYOUT, sharpness=3)
+    right = compute_statistics(view)
+    A = reference_attention(view.query, view.key, view.scale, None)
+    with pytest.raises(AssertionError):
+        assert_close(right["patch_entropy"], reference_of(view, A.swapaxes(-1, -2), None)["patch_entropy"])
+    turned = reference_statistics(A, grid=(5, 4), prefix=5, has_cls=True, registers=3, patch_size=(16, 8))
+    with pytest.raises(AssertionError):
+        assert_close(right["attention_distance"], turned["attention_distance"])
+
+
+def test_modules_are_not_needed_for_a_view() -> None:
+    """A statistic is a pure function of the view: twice the same, and the view is left as it was."""
+    view = random_view(LAYOUT)
+    query = view.query.clone()
+    first, second = compute_statistics(view), compute_statistics(view, list(STATISTICS))
+    assert all(torch.equal(first[name], second[name]) for name in STATISTICS)
+    assert torch.equal(view.query, query) and not isinstance(view, nn.Module)

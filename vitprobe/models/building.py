@@ -1,0 +1,151 @@
+"""Architectures without their weights: timm's by name and the bundled ones, at an image size that they can take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from vitprobe.errors import UserError
+from vitprobe.models.entries import BUNDLED_ARCHITECTURES, NORMALISATIONS, ModelSpec
+from vitprobe.models.registry import all_specs, find_spec, nearest
+from vitprobe.models.tokens import TokenLayout, default_image_size, token_layout
+
+ImageSize = int | tuple[int, int] | None
+
+
+def architecture_of(name: str) -> str:
+    """What to build for a name: a bundled architecture, or timm's name with its tag where one is given.
+
+    Args:
+        name: an alias, a bundled architecture, or a timm name with or without tag.
+
+    Raises:
+        UserError: for an unknown name (with the nearest ones), or a tag that the architecture does not have.
+    """
+    spec = find_spec(name)
+    if spec is not None:
+        kind, _, tagged = spec.source.partition(":")
+        return tagged if kind == "timm" else spec.architecture
+    if name in BUNDLED_ARCHITECTURES:
+        return name
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        likely = nearest(name, (known.name for known in all_specs())) + nearest(architecture, timm.list_models())
+        hint = f"did you mean {', '.join(likely[:6])}?" if likely else "vitprobe models lists what there is"
+        raise UserError(f"unknown model {name!r}: {hint}")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        known = f"it has {', '.join(tags)}" if tags else "it has none"
+        raise UserError(f"timm's {architecture} has no weights tagged {tag!r}: {known}")
+    return name
+
+
+def outline(architecture: str, *, img_size: ImageSize = None, **options: Any) -> nn.Module:
+    """The architecture on the meta device: names and shapes without memory, so that a mistake shows before a download.
+
+    Args and Raises: as `build`.
+    """
+    size = None if img_size is None else pair(img_size)
+    with torch.device("meta"):
+        module = _create(architecture, None, **options)
+    require_size(module, token_layout(module), size, architecture)
+    return module
+
+
+def build(architecture: str, *, img_size: ImageSize = None, **options: Any) -> nn.Module:
+    """A Vision Transformer with random weights (or, with `pretrained=True` among the options, timm's).
+
+    Args:
+        architecture: from `architecture_of`.
+        img_size: pixels, a side or (height, width); the architecture's own by default.
+        options: more arguments of the constructor.
+
+    Raises:
+        UserError: for an image size that the architecture cannot take.
+        AttentionNotSeenError: for an architecture that is no Vision Transformer.
+    """
+    outline(architecture, img_size=img_size)
+    return _create(architecture, None if img_size is None else pair(img_size), **options)
+
+
+def _create(architecture: str, img_size: tuple[int, int] | None, **options: Any) -> nn.Module:
+    if architecture in BUNDLED_ARCHITECTURES:
+        return _create_bundled(architecture, img_size, **options)
+    # timm leaves out arguments that are None.
+    return timm.create_model(architecture, img_size=img_size, **options)
+
+
+def _create_bundled(
+    architecture: str, img_size: tuple[int, int] | None, *, num_classes: int = 0, **options: Any
+) -> nn.Module:
+    """One of our own architectures, with the config by which timm knows its images."""
+    arguments = dict(BUNDLED_ARCHITECTURES[architecture])
+    if img_size is not None:
+        arguments["img_size"] = img_size
+    module = VisionTransformer(**arguments, num_classes=num_classes, **options)
+    mean, std = NORMALISATIONS["cifar10"]
+    module.pretrained_cfg = module.default_cfg = {  # type: ignore[assignment]
+        "architecture": architecture,
+        "input_size": (3, *default_image_size(module)),
+        "fixed_input_size": True,
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": mean,
+        "std": std,
+        "num_classes": num_classes,
+        "classifier": "head",
+        "first_conv": "patch_embed.proj",
+    }
+    return module
+
+
+def pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of an image size."""
+    return (img_size, img_size) if isinstance(img_size, int) else img_size
+
+
+def require_size(module: nn.Module, layout: TokenLayout, img_size: tuple[int, int] | None, name: str) -> None:
+    """Returns where whole patches tile an image of `img_size` (height, width).
+
+    Raises:
+        UserError: where they do not; says which sizes the model takes.
+    """
+    if img_size is None:
+        return
+    if any(side < edge or side % edge for side, edge in zip(img_size, layout.patch_size, strict=True)):
+        patch, usual = layout.patch_size, default_image_size(module)
+        edge = patch[0]
+        near = max(edge, round(img_size[0] / edge) * edge)
+        sizes = (
+            f"multiples of {edge}" if patch[0] == patch[1] else f"multiples of {patch[0]} (height), {patch[1]} (width)"
+        )
+        raise UserError(
+            f"{name} cannot take images of {img_size[0]}×{img_size[1]} pixels: it takes {sizes}, such as {near}; "
+            f"its own size is {usual[0]}×{usual[1]}"
+        )
+
+
+def spec_of(module: nn.Module, name: str, source: str) -> ModelSpec:
+    """A spec for a model that is not in the registry, as far as timm's config of it tells.
+
+    An empty name stands for the architecture's.
+    """
+    config = getattr(module, "pretrained_cfg", None)
+    config = config if isinstance(config, dict) else {}
+    architecture = config.get("architecture") or type(module).__name__
+    numbers = (tuple(config.get("mean", ())), tuple(config.get("std", ())))
+    return ModelSpec(
+        name=name or architecture,
+        method="unknown",
+        paradigm="unknown",
+        architecture=architecture,
+        source=source,
+        normalisation=next((known for known, value in NORMALISATIONS.items() if value == numbers), "other"),
+        licence=config.get("license") or "",
+        citation="",
+    )

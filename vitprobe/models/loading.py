@@ -1,0 +1,278 @@
+"""From a name, a file or a module to a model that is ready to be probed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from vitprobe.data.transforms import ImageTransform, model_transform
+from vitprobe.errors import UserError
+from vitprobe.models.building import ImageSize, architecture_of, build, outline, pair, require_size, spec_of
+from vitprobe.models.checkpoints import classifier_size, load_into, read_checkpoint, strip_prefix
+from vitprobe.models.entries import BUNDLED_ARCHITECTURES, BUNDLED_CLASSES, ModelSpec
+from vitprobe.models.hub import WEIGHT_FILES, fetch_from_address, fetch_from_hub, hub_repository
+from vitprobe.models.registry import all_specs, find_spec
+from vitprobe.models.tokens import TokenLayout, default_image_size, find_trunk, token_layout
+
+BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pyth", ".npz")
+_HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to be probed.
+
+    Attributes:
+        module: the model; float32 and in eval mode where it was built here.
+        layout: its tokens for the images that `transform` makes.
+        transform: from a picture to the tensor it expects.
+        spec: what is known of it.
+    """
+
+    module: nn.Module
+    layout: TokenLayout
+    transform: ImageTransform
+    spec: ModelSpec
+
+
+def load_model(
+    name: str | Path | nn.Module | LoadedModel,
+    *,
+    checkpoint: str | Path | None = None,
+    arch: str | None = None,
+    img_size: ImageSize = None,
+    pretrained: bool = True,
+) -> LoadedModel:
+    """A model ready to be probed.
+
+    Args:
+        name: an alias ("mae_vit_b"; `list_models` has them), any timm name with or without tag, "hf-hub:owner/name", a
+            checkpoint file (with `arch`), an `nn.Module` (wrapped as it is, its mode too), or a LoadedModel (returned).
+        checkpoint: a file whose weights to take instead of downloading the named model's.
+        arch: the architecture of the weights in a file: an alias or a timm name.
+        img_size: pixels of the input, a side or (height, width); position embeddings are resampled to it.
+        pretrained: False for random weights (from torch's global seed).
+
+    Raises:
+        UserError: for an unknown name, weights that cannot be had, read or fitted, or that hold NaN or infinity, an
+            image size that the model cannot take, or options that contradict each other.
+        AttentionNotSeenError: for a model whose attention cannot be captured.
+    """
+    if isinstance(name, LoadedModel | nn.Module):
+        if checkpoint is not None or arch is not None or not pretrained:
+            raise UserError("checkpoint, arch and pretrained are for models by name: this one is built already")
+        return _wrap(name, img_size)
+    if isinstance(name, Path) or _looks_like_file(name):
+        if checkpoint is not None:
+            raise UserError(f"{name} and {checkpoint} are both files: give one, and its architecture (--arch NAME)")
+        if not Path(name).exists():
+            raise UserError(f"there is no checkpoint file {name}")
+        if not arch:
+            raise UserError(
+                f"{name} needs the name of its architecture: --arch with an alias (mae_vit_b) or a timm name "
+                f"(vit_base_patch16_224)"
+            )
+        checkpoint, name = name, arch
+    if checkpoint is not None:
+        if not pretrained:
+            raise UserError(f"random weights (pretrained=False) and those of {checkpoint} exclude each other")
+        # "This alias, from this file" says what the weights are; --arch says only how they are laid out.
+        return _load_file(Path(checkpoint), arch or name, None if arch else find_spec(name), img_size)
+    if arch is not None:
+        raise UserError(
+            f"arch is for a checkpoint file: leave it out, or give the weights of {name} with --checkpoint FILE"
+        )
+    if name.startswith(_HUB_PREFIXES):
+        return _load_from_hub(name.partition(":")[2], img_size, pretrained)
+    architecture = architecture_of(name)
+    if architecture in BUNDLED_ARCHITECTURES:
+        return _load_bundled(name, architecture, img_size, pretrained)
+    return _load_from_timm(name, architecture, img_size, pretrained)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """The SHA-256 of a model's weights: names in order, kind of number, shape and bytes; the same on every device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
+            digest.update(f"{len(header)}:{header}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _looks_like_file(name: str) -> bool:
+    """Whether a name means a file: an existing one, or one with a checkpoint's suffix; never a known model."""
+    if find_spec(name) is not None or name.startswith(_HUB_PREFIXES):
+        return False
+    if name.endswith(_SUFFIXES):
+        return True
+    if timm.is_model(name.partition(".")[0]):
+        return False
+    if Path(name).is_file():
+        return True
+    if "/" in name or "\\" in name:
+        raise UserError(f"there is no file {name}; for a repository of the Hugging Face hub write hf-hub:{name}")
+    return False
+
+
+def _wrap(model: nn.Module | LoadedModel, img_size: ImageSize) -> LoadedModel:
+    """A module that is built already, for its own image size or, where it takes any, for another."""
+    loaded = model if isinstance(model, LoadedModel) else None
+    module = model if isinstance(model, nn.Module) else model.module
+    size = None if img_size is None else pair(img_size)
+    if loaded is not None and (size is None or size == loaded.transform.size):
+        return loaded
+    find_trunk(module)
+    spec = loaded.spec if loaded else spec_of(module, "", "module")
+    if size is not None and size != default_image_size(module):
+        require_size(module, token_layout(module), size, spec.name)
+        embedding = getattr(find_trunk(module), "patch_embed", None)
+        if getattr(embedding, "strict_img_size", False):
+            usual = default_image_size(module)
+            raise UserError(
+                f"{spec.name} is built for images of {usual[0]}×{usual[1]} pixels: for {size[0]}×{size[1]}, load it by "
+                f"name with img_size, or build it so"
+            )
+    return _finish(module, spec, size)
+
+
+def _load_bundled(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+    spec = find_spec(name)
+    if spec is None:
+        raise UserError(f"{name} is an architecture without weights: use it as --arch for a checkpoint file")
+    module = build(architecture, img_size=img_size, num_classes=BUNDLED_CLASSES[spec.name])
+    if not pretrained:
+        return _finish(module.eval(), _random(spec), img_size)
+    path = BUNDLED_FOLDER / f"{spec.name}.safetensors"
+    load_into(module, read_checkpoint(path), source=str(path))
+    return _finish(module.eval(), spec, img_size)
+
+
+def _load_file(path: Path, arch: str, spec: ModelSpec | None, img_size: ImageSize) -> LoadedModel:
+    architecture = architecture_of(arch)
+    bare = outline(architecture, img_size=img_size, num_classes=0)
+    state = read_checkpoint(path)
+    options: dict[str, Any] = {"num_classes": classifier_size(state, bare)}
+    names = bare.state_dict().keys()
+    if "fc_norm.weight" in strip_prefix(state, names) and "fc_norm.weight" not in names:
+        options["global_pool"] = "avg"  # a fine-tuned MAE: the norm that timm places after the pooling
+    module = build(architecture, img_size=img_size, **options)
+    load_into(module, state, source=str(path))
+    if spec is None:
+        spec = spec_of(module, path.name.partition(".")[0] or path.name, f"file:{path.name}")
+        spec = replace(spec, licence="")  # the config's is that of timm's weights, not of these
+    return _finish(module.eval(), replace(spec, source=f"file:{path.name}"), img_size)
+
+
+def _load_from_timm(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+    config = timm.get_pretrained_cfg(architecture)
+    tagged = architecture if "." in architecture or not (config and config.tag) else f"{architecture}.{config.tag}"
+    spec = find_spec(name) or find_spec(tagged)
+    if not pretrained:
+        module = build(architecture, img_size=img_size)
+        return _finish(module.eval(), _random(spec or spec_of(module, name, "random")), img_size)
+    if config is None or not (config.hf_hub_id or config.url):
+        raise UserError(f"timm has no weights for {name}: give some with --checkpoint FILE --arch {name}")
+    outline(architecture, img_size=img_size)
+    if config.hf_hub_id:
+        files = (config.hf_hub_filename,) if config.hf_hub_filename else WEIGHT_FILES
+        # As a file it needs no request to the hub, which timm's own route sends even for cached weights.
+        overlay = {"file": str(fetch_from_hub(config.hf_hub_id, files)), "custom_load": False}
+    else:
+        overlay = {"file": str(fetch_from_address(str(config.url), name))}
+    module = _build_pretrained(architecture, img_size, overlay["file"], pretrained_cfg_overlay=overlay)
+    return _finish(module.eval(), spec or spec_of(module, name, f"timm:{tagged}"), img_size)
+
+
+def _load_from_hub(repository: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+    """A repository of the Hugging Face hub that timm wrote."""
+    config_path = fetch_from_hub(repository, ("config.json",))
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        architecture = config["architecture"]
+        known = timm.is_model(architecture)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        known, config, architecture = False, {}, ""
+    if not known:
+        raise UserError(
+            f"hf-hub:{repository} holds no model of timm's: its config.json names no architecture that timm has"
+        )
+    folder = config_path.parent
+    if pretrained:
+        details = config.get("pretrained_cfg")
+        filename = details.get("hf_hub_filename") if isinstance(details, dict) else None
+        weights = fetch_from_hub(repository, (filename,) if filename else WEIGHT_FILES)
+        folder = weights.parent
+        # The cache may have held the config of an older commit: take the one beside the weights.
+        fetch_from_hub(f"{repository.partition('@')[0]}@{folder.name}", ("config.json",))
+    module = _build_pretrained(f"local-dir:{folder}", img_size, str(folder), pretrained=pretrained)
+    # The cache's folder is named by commit; the model is known by its repository.
+    name = repository.partition("@")[0].rpartition("/")[2]
+    spec = next(
+        (
+            known
+            for known in all_specs()
+            if known.architecture == architecture and hub_repository(known.source) == repository
+        ),
+        None,
+    ) or spec_of(module, name, f"hf-hub:{repository}")
+    return _finish(module.eval(), spec if pretrained else _random(spec), img_size)
+
+
+def _build_pretrained(
+    architecture: str, img_size: ImageSize, place: str, pretrained: bool = True, **options: Any
+) -> nn.Module:
+    try:
+        return build(architecture, img_size=img_size, pretrained=pretrained, **options)
+    except UserError:
+        raise
+    except Exception as error:  # a damaged cache shows in any way that a reader can fail
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(
+            f"the weights at {place} cannot be loaded: {reason}; delete them to download them again"
+        ) from error
+
+
+def _random(spec: ModelSpec) -> ModelSpec:
+    """The spec of the same architecture with random weights."""
+    return replace(
+        spec,
+        name=f"{spec.name}-random",
+        method="random",
+        paradigm="random",
+        source="random",
+        licence="",
+        citation="",
+        notes="random weights",
+    )
+
+
+def _finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize) -> LoadedModel:
+    _require_finite(module, spec.name)
+    transform = model_transform(module, img_size=img_size)
+    return LoadedModel(module, token_layout(module, transform.size), transform, spec)
+
+
+def _require_finite(module: nn.Module, name: str) -> None:
+    """Raises a UserError for weights that are NaN or infinite, or are not there at all (on the meta device)."""
+    for key, tensor in module.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.is_meta:
+            raise UserError(f"{name} has no weights: {key} is on the meta device")
+        if not torch.isfinite(tensor).all():
+            block = re.search(r"blocks\.(\d+)\.", key)
+            where = f" (block {block.group(1)})" if block else ""
+            kind = "NaN" if torch.isnan(tensor).any() else "infinity"
+            raise UserError(f"the weights of {name} hold {kind}, first in {key}{where}: its attention means nothing")

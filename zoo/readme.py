@@ -1,0 +1,33 @@
+"""Draw the README's figure, `figures/bundled.*`: `python -m zoo.readme` (half a minute on 2 cores).
+
+Figures 3, 4 and 5 of the paper for the bundled models and one of their architecture with random weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+import vitprobe as vp
+
+OUT = Path(__file__).parent.parent / "figures" / "bundled"
+
+
+def main() -> None:
+    """Draw it."""
+    torch.manual_seed(0)
+    random = vp.load_model("mae_vit_nano", pretrained=False)
+    profiles = [vp.analyze(model) for model in ("mae_vit_nano", "supervised_vit_nano", random)]
+    figure = Figure(figsize=(10.2, 3.0), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    vp.figures.cls_self_attention(profiles, ax=left)
+    vp.figures.cls_entropy(profiles, ax=middle)
+    vp.figures.patch_self_attention(profiles, ax=right)
+    for path in vp.figures.save_figure(figure, OUT):
+        print(path.name)
+
+
+if __name__ == "__main__":
+    main()
