@@ -1,5 +1,6 @@
 """`analyze`: the loop, its promises about weights, batches, order, files, errors and the model it is given."""
 
+import errno
 import json
 import os
 import re
@@ -278,6 +279,21 @@ def test_a_place_that_is_not_writable(vit, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("vitprobe.profile.folder.os.access", lambda *args: False)  # root may write anywhere
     with pytest.raises(UserError, match="is not writable; give another --out"):
         analyze(vit, folder, out=tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_midway_keeps_the_finished_shards(vit, tmp_path, monkeypatch):
+    real, written = os.fsync, []
+
+    def full_from_the_third_file_on(descriptor: int) -> None:
+        written.append(1)
+        if len(written) > 2:  # the manifest and one shard
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr("vitprobe.profile.files.os.fsync", full_from_the_third_file_on)
+    with pytest.raises(UserError, match="the disk is full"):
+        analyze(vit, torch.randn(150, 3, 32, 32), statistics=["cls_entropy"], out=tmp_path / "run")
+    assert Profile.load(tmp_path / "run").num_images == 64
 
 
 def test_interrupted_by_an_exception_of_ctrl_c_keeps_what_is_done(vit, folder, tmp_path, monkeypatch):

@@ -120,6 +120,7 @@ def test_untouched_after_an_error_while_entering(monkeypatch: pytest.MonkeyPatch
 def test_a_pass_that_fails_half_way_leaves_nothing(accumulate: bool) -> None:
     model = tiny_vit()
     good, bad = images(seed=1), images(seed=2)
+    expected = captured(model, good).statistics()
     mlp = model.blocks[1].mlp
 
     def fail(*_: Any) -> None:
@@ -134,8 +135,18 @@ def test_a_pass_that_fails_half_way_leaves_nothing(accumulate: bool) -> None:
         with pytest.raises(UserError, match="no forward pass"):
             attention[0]
         model(good)
-    assert attention[0].query.shape[0] == 2
-    assert_all_close(attention.statistics(), captured(model, good).statistics(), tolerance=1e-9)
+        assert attention[0].query.shape[0] == 2
+        assert_all_close(attention.statistics(), expected, tolerance=1e-9)
+        handle = mlp.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(bad)
+        handle.remove()
+        if accumulate:
+            assert attention[0].query.shape[0] == 2
+            assert_all_close(attention.statistics(), expected, tolerance=1e-9)
+        else:
+            with pytest.raises(UserError, match="no forward pass"):
+                attention.statistics()
 
 
 def test_a_capture_can_be_opened_again_but_not_twice_at_once() -> None:
@@ -214,6 +225,19 @@ def test_attention_outside_the_model_is_ignored() -> None:
         F.scaled_dot_product_attention(x, x, x)
     assert attention.pooling_attention == []
     assert_all_close(attention.statistics(), captured(model).statistics(), tolerance=1e-9)
+
+
+def test_attention_after_a_pass_that_failed_in_the_head_is_ignored() -> None:
+    model = tiny_vit()
+    model.head = nn.Linear(7, 5)
+    x = torch.randn(2, 4, 17, 8)
+    with torch.no_grad(), capture(model) as attention:
+        with pytest.raises(RuntimeError, match="shape"):
+            model(images())
+        F.scaled_dot_product_attention(x, x, x)
+        model.blocks[0](torch.randn(1, 17, 32))
+    assert attention.pooling_attention == []
+    assert attention[0].query.shape[0] == 2, "all blocks ran before the head failed"
 
 
 def test_parts_called_on_their_own_are_ignored() -> None:

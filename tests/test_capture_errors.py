@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 
 from tests.helpers import OwnModel, captured, message, tiny, tiny_vit
 from tests.test_capture import state_of
@@ -108,6 +109,21 @@ def test_hand_written_attention() -> None:
     with pytest.raises(AttentionNotSeenError) as error:
         captured(model)
     assert message(error).startswith("block 0 (OwnBlock) of OwnModel computed no scaled-dot-product attention, so its ")
+
+
+def test_fewer_keys_or_fewer_queries_than_tokens() -> None:
+    attend = F.scaled_dot_product_attention
+    fewer_keys = OwnModel(lambda q, k, v: attend(q, k[:, :, ::2], v[:, :, ::2]))
+    fewer_queries = OwnModel(lambda q, k, v: attend(q[:, :, ::2], k, v).repeat_interleave(2, dim=2))
+    no_heads = OwnModel(lambda q, k, v: attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).view_as(q))
+    for model, shapes in (
+        (fewer_keys, "queries (2, 2, 16, 8) and keys (2, 2, 8, 8)"),
+        (fewer_queries, "queries (2, 2, 8, 8) and keys (2, 2, 16, 8)"),
+        (no_heads, "queries (4, 16, 8) and keys (4, 16, 8)"),
+    ):
+        with pytest.raises(AttentionNotSeenError) as error:
+            captured(model)
+        assert message(error).startswith(f"block 0 (OwnBlock) of OwnModel attends with {shapes}, but global ")
 
 
 def test_patches_instead_of_images() -> None:

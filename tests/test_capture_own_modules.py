@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import OwnBlock, OwnModel, assert_all_close, assert_close, captured, tiny_vit
+from tests.helpers import SMALL, OwnBlock, OwnModel, assert_all_close, assert_close, captured, tiny, tiny_vit
 from vitprobe.hooks.interception import read_call
 from vitprobe.statistics import STATISTICS
 
@@ -88,6 +88,14 @@ def test_statistics_that_only_some_blocks_have_are_undefined() -> None:
     attention = captured(model)
     assert "patch_update_ratio" in attention.undefined
     assert set(attention.statistics()) | set(attention.undefined) == set(STATISTICS)
+
+
+def test_one_of_two_branches_that_shows_no_update() -> None:
+    model = tiny("vit_small_patch16_18x2_224", **SMALL)
+    assert "patch_update_ratio" in captured(model).statistics()
+    branch = model.blocks[0].attns[1]
+    branch.forward = lambda x: branch.ls(branch.attn(branch.norm(x)))  # goes around its drop-path
+    assert "patch_update_ratio" in captured(model).undefined
 
 
 def test_a_layer_scale_that_works_in_place() -> None:

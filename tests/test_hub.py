@@ -229,6 +229,11 @@ def test_load_model_names_what_it_tried(monkeypatch):
     assert text.startswith("cannot download timm/vit_base_patch16_224.mae from http://127.0.0.1:9: ")
     assert text.endswith(WAY_OUT)
     assert "\n" not in text
+    spec = find_spec("mae_vit_b")
+    assert spec is not None
+    with pytest.raises(UserError) as before:
+        hub.require_weights(spec)
+    assert str(before.value) == text
 
 
 def test_offline_by_choice(monkeypatch, no_sockets):

@@ -155,6 +155,7 @@ def test_every_isotropic_family_of_timm_has_a_layout():
         "vit_huge_patch14_gap_224": (False, 0, (16, 16)),
         "vit_base_patch16_siglip_224": (False, 0, (14, 14)),
         "aimv2_large_patch14_224": (False, 0, (16, 16)),
+        "gemma4_vit_167m_enc": (False, 0, (48, 48)),
         "eva02_base_patch14_224": (True, 0, (16, 16)),
         "vit_base_patch16_clip_quickgelu_224": (True, 0, (14, 14)),
     }

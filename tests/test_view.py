@@ -175,6 +175,13 @@ def test_two_batches_with_biases_of_their_own(shape: tuple[int, ...] | None) -> 
     joined_equals_parts(first, second)
 
 
+def test_a_bias_of_each_image_is_that_of_its_own_image() -> None:
+    first = view_with_bias((2, 1, T, T), seed=1)
+    assert first.bias is not None
+    both = joined_equals_parts(first, random_view(LAYOUT, seed=2, bias=first.bias.clone()))
+    assert both.bias is not None and both.bias.shape == (4, 3, T, T)
+
+
 def test_batches_with_and_without_a_bias() -> None:
     joined_equals_parts(view_with_bias((1, 3, T, T)), random_view(LAYOUT, seed=2))
     joined_equals_parts(random_view(LAYOUT, seed=2), view_with_bias((1, 3, T, T)))

@@ -155,8 +155,8 @@ def list_models(words: tuple[str, ...], paradigm: str | None) -> None:
     table = listed(" ".join(words) or None, paradigm=paradigm)
     if table.empty:
         raise UserError(f"no model matches {' '.join(words)!r}; vitprobe models lists them all")
-    shown = table[["name", "method", "paradigm", "architecture", "licence", "status"]]
-    click.echo(shown.to_string(index=False, justify="left", formatters=_left_aligned(shown)))
+    columns = ("name", "method", "paradigm", "architecture", "licence", "status")
+    click.echo(_aligned({column: table[column].astype(str).tolist() for column in columns}))
 
 
 @main.command(short_help="Draw several runs together.")
@@ -224,13 +224,20 @@ def _table(profile: Profile) -> str:
         columns[HEADINGS.get(name, name)] = [
             f"{center:.3f} [{low:.3f}, {high:.3f}]" if known else f"{center:.3f}" for center, low, high, known in cells
         ]
-    widths = [max(len(heading), *map(len, cells)) for heading, cells in columns.items()]
-    count, groups = profile.num_images, int(table["n"].iloc[0])
-    images = f"{count} image{'s' * (count != 1)}" + (f" in {groups} independent groups" if groups != count else "")
-    lines = [f"{profile.name} ({profile.paradigm}), {images}; mean over heads [95 % interval]"]
-    for row in [columns.keys(), *zip(*columns.values(), strict=True)]:
-        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return "\n".join(lines)
+    images = f"{profile.num_images} image{'s' * (profile.num_images != 1)}"
+    if profile.num_groups != profile.num_images:
+        images += f" in {profile.num_groups} independent groups"
+    title = f"{profile.name} ({profile.paradigm}), {images}; mean over heads [95 % interval]"
+    return f"{title}\n{_aligned(columns)}"
+
+
+def _aligned(columns: dict[str, list[str]]) -> str:
+    """Columns of text under their headings."""
+    widths = [max(map(len, (heading, *cells))) for heading, cells in columns.items()]
+    rows = [list(columns), *zip(*columns.values(), strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def _wrapped(lines: list[str]) -> str:
@@ -241,12 +248,6 @@ def _wrapped(lines: list[str]) -> str:
         textwrap.fill(line, width, initial_indent=indent, subsequent_indent=f"{indent}  ")
         for line, indent in zip(lines, indents, strict=True)
     )
-
-
-def _left_aligned(table: Any) -> dict[str, Any]:
-    """Formatters that pad each column on the right."""
-    widths = {name: int(table[name].str.len().max()) for name in table.columns}
-    return {name: (lambda cell, width=width: cell.ljust(width)) for name, width in widths.items()}
 
 
 def _say_skipped(profile: Profile) -> None:

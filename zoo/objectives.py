@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
+from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ def sincos_position_embedding(grid: tuple[int, int], dim: int) -> Tensor:
 
 class MaskedAutoencoder(nn.Module):
     """MAE (He et al., arXiv 2111.06377): the ViT sees a quarter of the patches; a small decoder paints the rest."""
+
+    decoder_position: Tensor
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
@@ -40,14 +42,16 @@ class MaskedAutoencoder(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
         """Mean squared error on the masked patches, each patch's pixels normalised by its own mean and variance."""
-        batch = len(images)
-        patches = self.vit.patch_embed(images) + self.vit.pos_embed[:, 1:]
+        batch, position, cls_token = len(images), self.vit.pos_embed, self.vit.cls_token
+        assert position is not None
+        assert cls_token is not None
+        patches = self.vit.patch_embed(images) + position[:, 1:]
         count, width = patches.shape[1:]
         visible = round(count * (1 - self.mask_ratio))
         order = torch.rand(batch, count, generator=generator).argsort(1).to(images.device)
         keep, masked = order[:, :visible], order[:, visible:]
 
-        cls = (self.vit.cls_token + self.vit.pos_embed[:, :1]).expand(batch, -1, -1)
+        cls = (cls_token + position[:, :1]).expand(batch, -1, -1)
         x = torch.cat([cls, patches.gather(1, keep[..., None].expand(-1, -1, width))], 1)
         x = self.decoder_embed(self.vit.norm(self.vit.blocks(x)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, field
+from typing import Any
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -25,7 +26,7 @@ class Recipe:
     crop_scale: tuple[float, float] = (0.4, 1.0)  # area share of RandomResizedCrop
     seed: int = 0
     # The architecture: arguments of timm's VisionTransformer.
-    architecture: dict[str, int] = field(
+    architecture: dict[str, Any] = field(
         default_factory=lambda: {
             "img_size": 32,
             "patch_size": 4,

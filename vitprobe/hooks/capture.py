@@ -124,7 +124,7 @@ class Capture:
     # What the hooks report --------------------------------------------------------------------------------------------
 
     def _forward_began(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._in_forward, self._seen, self._running = True, None, None
+        self._in_forward, self._seen = True, None
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen, self._in_forward, self._seen, self._running = self._seen, False, None, None

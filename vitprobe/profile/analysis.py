@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,15 @@ def analyze(
     run = _Run(loaded, manifest, folder)
     began = time.perf_counter()
     try:
-        with prepared(loaded.module, chosen_device):
-            # Closed, or reading processes would outlive an error by seconds.
-            with closing(_batches(images, preprocess, num_images, seed, size, workers, chosen_device)) as batches:
-                run.go(batches, chosen_device, progress, _total(images, num_images), statistics)
+        batches = _batches(images, preprocess, num_images, seed, size, workers, chosen_device)
+        with prepared(loaded.module, chosen_device), closing(batches):  # or reading processes would outlive an error
+            run.go(batches, chosen_device, progress, _total(images, num_images), statistics)
         run.finish("complete", images, began)
     except KeyboardInterrupt:
         run.finish("interrupted", images, began)
+        raise
+    except BaseException:
+        run.abandon()
         raise
     return run.profile
 
@@ -173,6 +175,7 @@ class _Run:
         self.model, self.manifest, self.folder = model, manifest, folder
         self.values: MemoryValues | ShardValues = MemoryValues()
         self.sharder: Sharder | None = None
+        self.claimed = False
         self.skipped: list[tuple[str, str]] = []
 
     def go(
@@ -228,6 +231,7 @@ class _Run:
         self.manifest["undefined"] = attention.undefined
         if self.folder is not None:
             check_output(self.folder, overwrite=True)
+            self.claimed = True
             clear_run(self.folder)
             write_manifest(self.folder, self.manifest)
             self.values = ShardValues(self.folder)
@@ -252,6 +256,13 @@ class _Run:
         }
         if self.folder is not None:
             self.profile.save(self.folder)
+
+    def abandon(self) -> None:
+        """Leave no folder of a run that has not one whole shard."""
+        if self.folder is not None and self.claimed and not self.values.names:
+            clear_run(self.folder)
+            with suppress(OSError):  # it holds something else
+                self.folder.rmdir()
 
     @property
     def profile(self) -> Profile:

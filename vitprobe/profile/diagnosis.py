@@ -26,12 +26,32 @@ CLEARLY_NEARER = 0.5
 class Measured(Protocol):
     """What a diagnosis reads of a `Profile` (which calls this module, so it is not imported here)."""
 
-    name: str
-    layout: TokenLayout
-    num_blocks: int
     manifest: dict[str, Any]
-    undefined: dict[str, str]
-    statistics: list[str]
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        ...
+
+    @property
+    def layout(self) -> TokenLayout:
+        """Which token is what."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the model."""
+        ...
+
+    @property
+    def statistics(self) -> list[str]:
+        """What it holds."""
+        ...
+
+    @property
+    def undefined(self) -> dict[str, str]:
+        """What it does not, and why."""
+        ...
 
     def estimate(self, statistic: str, blocks: slice | None = None) -> Estimate:
         """Mean and interval of the mean over heads, by block or over some blocks."""

@@ -71,6 +71,11 @@ class Profile:
         return len(self.values.names)
 
     @property
+    def num_groups(self) -> int:
+        """Independent groups among them: the n of every interval."""
+        return len(set(self.values.groups))
+
+    @property
     def statistics(self) -> list[str]:
         """Names of the statistics that it holds."""
         return self.values.statistics()
