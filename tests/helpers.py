@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitprobe.attention.view import AttentionView
@@ -113,6 +114,23 @@ def captured(model: nn.Module, x: Any = None, **options: Any) -> Capture:
     with capture(model, **options) as attention:
         model(images() if x is None else x)
     return attention
+
+
+def state_of(model: nn.Module) -> list[Any]:
+    """What a capture may touch: hooks, flags, modes of modules; and torch's stack of function modes."""
+    modules = [
+        (
+            name,
+            module.training,
+            getattr(module, "fused_attn", None),
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            len(module._forward_hooks_always_called),
+            len(module._forward_pre_hooks_with_kwargs),
+        )
+        for name, module in model.named_modules()
+    ]
+    return [*modules, _len_torch_function_stack()]
 
 
 def message(error: pytest.ExceptionInfo[UserError]) -> str:

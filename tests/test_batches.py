@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitprobe.data.loading import Batch, default_workers, iterate, iterate_loader
+from vitprobe.data.batches import Batch, default_workers, iterate, iterate_loader
 from vitprobe.data.sources import open_images
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError

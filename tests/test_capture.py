@@ -10,31 +10,12 @@ import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import _len_torch_function_stack
 
-from tests.helpers import SMALL, assert_all_close, assert_close, captured, images, tiny, tiny_vit
+from helpers import SMALL, assert_all_close, assert_close, captured, images, state_of, tiny, tiny_vit
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import capture
 from vitprobe.hooks.interception import AttentionWatcher
 from vitprobe.statistics import STATISTICS
-
-
-def state_of(model: nn.Module) -> list[Any]:
-    """What a capture may touch: hooks, flags, modes of modules; and torch's stack of function modes."""
-    modules = [
-        (
-            name,
-            module.training,
-            getattr(module, "fused_attn", None),
-            len(module._forward_hooks),
-            len(module._forward_pre_hooks),
-            len(module._forward_hooks_always_called),
-            len(module._forward_pre_hooks_with_kwargs),
-        )
-        for name, module in model.named_modules()
-    ]
-    return [*modules, _len_torch_function_stack()]
-
 
 # The model is untouched ---------------------------------------------------------------------------------------------
 

@@ -7,8 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import OwnModel, captured, message, tiny, tiny_vit
-from tests.test_capture import state_of
+from helpers import OwnModel, captured, message, state_of, tiny, tiny_vit
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import SMALL, LargestTensor, assert_all_close, assert_close, captured, images, tiny, tiny_vit
+from helpers import SMALL, LargestTensor, assert_all_close, assert_close, captured, images, tiny, tiny_vit
 from vitprobe.attention.rows import ROW_BLOCK_BYTES
 from vitprobe.errors import UserError
 from vitprobe.hooks import capture as capture_module

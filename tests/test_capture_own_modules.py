@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.helpers import SMALL, OwnBlock, OwnModel, assert_all_close, assert_close, captured, tiny, tiny_vit
+from helpers import SMALL, OwnBlock, OwnModel, assert_all_close, assert_close, captured, tiny, tiny_vit
 from vitprobe.hooks.interception import read_call
 from vitprobe.statistics import STATISTICS
 

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from tests.helpers import captured
+from helpers import captured
 from vitprobe.errors import AttentionNotSeenError
 from vitprobe.hooks.capture import Capture
 from vitprobe.models.tokens import find_trunk

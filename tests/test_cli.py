@@ -66,7 +66,7 @@ def test_the_first_command_of_the_readme(tmp_path):
         assert f"{name} (" in done.stdout
         assert f"{name}: [cls] " in done.stdout
     assert "120 images in 15 independent groups" in done.stdout
-    assert "uniform attention: 1.5 %; random weights:" in " ".join(done.stdout.split())
+    assert "uniform attention: 1.54 %; random weights:" in " ".join(done.stdout.split())
     assert "next: " in done.stdout
     (root,) = (tmp_path / "runs").iterdir()
     assert {path.name for path in root.iterdir()} == {"mae_vit_nano", "supervised_vit_nano", "figures"}
@@ -96,7 +96,7 @@ def test_the_table_holds_the_numbers_of_the_run(folder):
     table = Profile.load("run").table(["cls_self_attention"])
     last = table[table["head"].isna()].iloc[-1]
     row = next(line for line in result.stdout.splitlines() if line.startswith("11 "))
-    assert row.startswith(f"11     {last['mean']:.3f} [{last['ci_low']:.3f}, {last['ci_high']:.3f}]")
+    assert row.startswith(f"11     {last['mean']:.4f} [{last['ci_low']:.4f}, {last['ci_high']:.4f}]")
 
 
 def test_a_model_without_cls_says_what_is_undefined(folder):
@@ -262,6 +262,19 @@ def test_another_run_is_refused_before_any_work(folder):
     assert Path("run/manifest.json").read_bytes() == before
     again = invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run", "--overwrite")
     assert again.exit_code == 0, again.output
+
+
+def test_several_models_are_not_written_into_the_run_of_one(folder):
+    assert invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run").exit_code == 0
+    before = sorted(Path("run").rglob("*"))
+    fails_with_one_line(invoke("analyze", "--out", "run", "--overwrite"), "run is the run of one model, and 2 need")
+    assert sorted(Path("run").rglob("*")) == before
+
+
+def test_every_name_is_checked_before_the_first_model_runs(folder):
+    result = invoke("analyze", "--model", "mae_vit_nano", "--model", "mae_vit_nan", "--data", folder, "--out", "two")
+    fails_with_one_line(result, "unknown model 'mae_vit_nan'")
+    assert not Path("two").exists()
 
 
 def test_figures_of_no_run(folder):

@@ -45,11 +45,11 @@ def test_a_selfish_cls_is_called_so_with_numbers_intervals_and_baselines(shipped
     )
     cls, entropy, patches = diagnosis.evidence
     assert "[cls] keeps 50.0 % (95 % interval 49." in cls
-    assert "n = 40) of its attention for itself in block 2 (uniform attention: 1.5 %; random weights: 1.5 %)" in cls
+    assert "n = 40) of its attention for itself in block 2 (uniform attention: 1.54 %; random weights: 1.54 %)" in cls
     assert "its entropy over the patches is 97.0 %" in entropy
     assert f"log 64 = {math.log(64):.2f} nats (uniform attention: 100.0 %; random weights: 100.0 %)" in entropy
     assert "a patch gives 12.0 %" in patches
-    assert "uniform attention: 1.6 %" in patches
+    assert "uniform attention: 1.56 %" in patches
     assert diagnosis.next_step.startswith("next: [cls] may miss what the patches hold; probe a selective aggregation")
     assert str(diagnosis).splitlines() == [diagnosis.verdict, *(f"  {line}" for line in diagnosis.lines[1:])]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.helpers import random_view
+from helpers import random_view
 from vitprobe.attention import precision
 from vitprobe.attention.precision import exact_float32
 from vitprobe.models.tokens import TokenLayout

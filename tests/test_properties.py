@@ -12,8 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.helpers import TOLERANCE, assert_all_close, assert_close, random_view
-from tests.reference import largest_logit
+from helpers import TOLERANCE, assert_all_close, assert_close, random_view
+from reference import largest_logit
 from vitprobe.attention.rows import summarize_rows
 from vitprobe.attention.view import AttentionView
 from vitprobe.models.tokens import TokenLayout

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import assert_all_close, assert_close, images, random_view, tiny, tiny_vit
-from tests.reference import (
+from helpers import assert_all_close, assert_close, images, random_view, tiny, tiny_vit
+from reference import (
     BlockTokens,
     largest_logit,
     reference_attention,

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.helpers import TOLERANCE, LargestTensor, assert_all_close, assert_close, random_view
-from tests.reference import largest_logit, reference_attention
+from helpers import TOLERANCE, LargestTensor, assert_all_close, assert_close, random_view
+from reference import largest_logit, reference_attention
 from vitprobe.attention import rows as rows_module
 from vitprobe.attention.rows import ROW_BLOCK_BYTES, summarize_rows
 from vitprobe.attention.view import AttentionView, concatenate_views

@@ -118,26 +118,27 @@ def analyze(
         for spec in filter(None, map(find_spec, names)):
             require_weights(spec)  # before torch is imported: a missing network should cost seconds
 
-    from vitprobe.models.loading import load_model
+    from vitprobe.models.loading import load_model, require_known
     from vitprobe.profile.analysis import analyze as run
     from vitprobe.profile.folder import check_output
 
-    for folder in folders:  # all of them, before any work
+    for name, folder in zip(names, folders, strict=True):  # what can be known is checked for all before any runs
         check_output(folder, options["overwrite"])
+        require_known(name)
     statistics = options.pop("statistics") or None
     profiles = []
     for name, folder in zip(names, folders, strict=True):
         loaded = load_model(name, checkpoint=checkpoint if models else None, arch=arch, img_size=options["img_size"])
         try:
-            profiles.append(run(loaded, statistics=statistics, out=folder, **options))
+            profile = run(loaded, statistics=statistics, out=folder, **options)
         except KeyboardInterrupt:
             _say_what_is_left(folder)
             raise
-    from vitprobe.figures import save_paper_figures
-
-    for profile in profiles:
         click.echo(f"\n{_table(profile)}\n\n{_wrapped(profile.diagnosis().lines)}")
         _say_skipped(profile)
+        profiles.append(profile)
+    from vitprobe.figures import save_paper_figures
+
     root = folders[0] if len(folders) == 1 else folders[0].parent
     drawn = save_paper_figures(profiles, root / "figures")
     if drawn:
@@ -209,7 +210,10 @@ def _folders(names: list[str], out: Path | None) -> list[Path]:
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
     if len(names) == 1:
         return [out or Path("runs") / f"{plain[0]}-{time}"]
-    return [(out or Path("runs") / f"{len(names)}-models-{time}") / name for name in plain]
+    root = out or Path("runs") / f"{len(names)}-models-{time}"
+    if (root / "manifest.json").exists():
+        raise UserError(f"{root} is the run of one model, and {len(names)} need a folder each; give another --out")
+    return [root / name for name in plain]
 
 
 def _table(profile: Profile) -> str:
@@ -222,7 +226,7 @@ def _table(profile: Profile) -> str:
         rows = table[table["statistic"] == name]
         cells = zip(rows["center"], rows["ci_low"], rows["ci_high"], rows["interval"] != "none", strict=True)
         columns[HEADINGS.get(name, name)] = [
-            f"{center:.3f} [{low:.3f}, {high:.3f}]" if known else f"{center:.3f}" for center, low, high, known in cells
+            f"{center:.4f} [{low:.4f}, {high:.4f}]" if known else f"{center:.4f}" for center, low, high, known in cells
         ]
     images = f"{profile.num_images} image{'s' * (profile.num_images != 1)}"
     if profile.num_groups != profile.num_images:

@@ -43,6 +43,10 @@ class LoadedModel:
     transform: ImageTransform
     spec: ModelSpec
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass."""
+        return self.module(*args, **kwargs)
+
 
 def load_model(
     name: str | Path | nn.Module | LoadedModel,
@@ -97,6 +101,16 @@ def load_model(
     if architecture in BUNDLED_ARCHITECTURES:
         return _load_bundled(name, architecture, img_size, pretrained)
     return _load_from_timm(name, architecture, img_size, pretrained)
+
+
+def require_known(name: str) -> None:
+    """Returns where a name means something to `load_model`; loads nothing.
+
+    Raises:
+        UserError: for an unknown name, with the nearest ones.
+    """
+    if not name.startswith(_HUB_PREFIXES) and not _looks_like_file(name):
+        architecture_of(name)
 
 
 def weights_sha256(module: nn.Module) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitprobe.data.loading import Batch, default_workers, iterate, iterate_loader
+from vitprobe.data.batches import Batch, default_workers, iterate, iterate_loader
 from vitprobe.data.sources import Images, LoaderImages, open_images
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
@@ -76,13 +76,19 @@ def analyze(
         UserError: for bad input, in one line; nothing is written then.
     """
     arguments = {
+        "model": str(model) if isinstance(model, str | Path) else type(getattr(model, "module", model)).__name__,
+        "data": data if data is None else str(data) if isinstance(data, str | Path) else type(data).__name__,
         "num_images": num_images,
         "transform": transform,
         "img_size": img_size,
         "statistics": None if statistics is None else list(statistics),
+        "groups": None if groups is None else "given",
         "batch_size": batch_size,
         "workers": workers,
+        "device": None if device is None else str(device),
         "seed": seed,
+        "out": None if out is None else str(out),
+        "overwrite": overwrite,
     }
     select(statistics)
     for name, number in (("num_images", num_images), ("batch_size", batch_size)):

@@ -92,11 +92,10 @@ def diagnose(profile: Measured) -> Diagnosis:
         (r for r in matching_references(profile.manifest, profile.layout.num_tokens) if r.paradigm == "random"), None
     )
 
-    def baseline(name: str, uniform: float, percent: bool = True) -> str:
-        show = _percent if percent else "{:.2f}".format
-        text = f"uniform attention: {show(uniform)}"
+    def baseline(name: str, uniform: float) -> str:
+        text = f"uniform attention: {_percent(uniform)}"
         if random is not None:
-            text += f"; random weights: {show(sum(random.curves[name][late]) / len(random.curves[name][late]))}"
+            text += f"; random weights: {_percent(sum(random.curves[name][late]) / len(random.curves[name][late]))}"
         return text
 
     span = f"blocks {late.start} to {late.stop - 1}" if late.stop - late.start > 1 else f"block {late.start}"
@@ -198,12 +197,17 @@ def _high(result: Estimate) -> float:
     return float(result.mean if math.isnan(result.high) else result.high)
 
 
+def _number(percent: float) -> str:
+    """A percentage to a tenth, below ten to a hundredth."""
+    return f"{percent:.1f}" if percent >= 10 else f"{percent:.2f}"
+
+
 def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return f"{_number(100 * share)} %"
 
 
 def _interval(result: Estimate) -> str:
     mean = _percent(float(result.mean))
     if math.isnan(result.low):
         return f"{mean} (no interval: n = {result.n})"
-    return f"{mean} (95 % interval {100 * result.low:.1f} to {100 * result.high:.1f}, n = {result.n})"
+    return f"{mean} (95 % interval {_number(100 * result.low)} to {_number(100 * result.high)}, n = {result.n})"
