@@ -65,8 +65,10 @@ def test_a_sharing_cls_is_called_so(shipped):
 
 def test_in_between_is_called_in_between(shipped):
     curves = {**SHARING, "cls_self_attention": [0.02, 0.02, 0.1], "cls_entropy_share": [0.9] * 3}
-    verdict = make_profile(curves, spread=0.05).diagnosis().verdict
-    assert "[cls] keeps some of its attention for itself; what it gives the patches is spread widely" in verdict
+    diagnosis = make_profile(curves, spread=0.05).diagnosis()
+    words = "[cls] keeps some of its attention for itself; what it gives the patches is spread widely"
+    assert words in diagnosis.verdict
+    assert diagnosis.next_step.startswith("next: attention alone does not settle whether [cls] aggregates well here")
 
 
 def test_late_blocks_are_the_last_third():

@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 
 import vitprobe as vp
+from vitprobe.figures.style import style
 
 OUT = Path(__file__).parent.parent / "figures" / "bundled"
 
@@ -20,8 +21,9 @@ def main() -> None:
     torch.manual_seed(0)
     random = vp.load_model("mae_vit_nano", pretrained=False)
     profiles = [vp.analyze(model) for model in ("mae_vit_nano", "supervised_vit_nano", random)]
-    figure = Figure(figsize=(10.2, 3.0), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    with style():
+        figure = Figure(figsize=(10.2, 3.9), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
     vp.figures.cls_self_attention(profiles, ax=left)
     vp.figures.cls_entropy(profiles, ax=middle)
     vp.figures.patch_self_attention(profiles, ax=right)

@@ -128,24 +128,26 @@ def diagnose(profile: Measured) -> Diagnosis:
 def _verdict(profile: Measured, found: dict[str, Estimate]) -> tuple[str, str]:
     """The sentence, and what to try next."""
     layout = profile.layout
-    parts, aggregates_badly = [], False
+    parts, signs = [], set()
     if (keeps := found.get("cls_self_attention")) is not None:
         threshold = max(KEEPS, 3 / layout.num_tokens)
         if _low(keeps) > threshold:
             parts.append("[cls] keeps much of its attention for itself")
-            aggregates_badly = True
+            signs.add("bad")
         elif _high(keeps) <= threshold:
             parts.append("[cls] spends its attention on the other tokens")
         else:
             parts.append("[cls] keeps some of its attention for itself")
+            signs.add("unclear")
     if (entropy := found.get("cls_entropy_share")) is not None:
         if _low(entropy) > NEAR_UNIFORM:
             parts.append("what it gives the patches is near-uniform")
-            aggregates_badly = True
+            signs.add("bad")
         elif _high(entropy) < SELECTIVE:
             parts.append("what it gives the patches is selective")
         else:
             parts.append("what it gives the patches is spread widely")
+            signs.add("unclear")
     if (own := found.get("patch_self_attention_ratio")) is not None:
         much = _low(own) > OWN / layout.num_patches
         parts.append("patches look much at themselves" if much else "patches look mostly at each other")
@@ -156,10 +158,15 @@ def _verdict(profile: Measured, found: dict[str, Estimate]) -> tuple[str, str]:
             "next: there is no [cls] attention to judge; read the patch tokens, averaged or pooled by attention, and "
             "probe both"
         )
-    elif aggregates_badly:
+    elif "bad" in signs:
         step = (
             "next: [cls] may miss what the patches hold; probe a selective aggregation of the patch tokens (attention "
             "pooling such as AbMILP) against [cls] and their average before you settle on [cls]"
+        )
+    elif "unclear" in signs:
+        step = (
+            "next: attention alone does not settle whether [cls] aggregates well here; probe [cls], the average of the "
+            "patch tokens and a selective aggregation of them (attention pooling such as AbMILP) against each other"
         )
     else:
         step = (
