@@ -341,3 +341,14 @@ def test_a_real_process_stopped_midway_leaves_readable_shards(tmp_path, sent):
     assert profile.manifest["status"] == ("interrupted" if sent == signal.SIGINT else "running")
     assert len(profile.table()) == 3 * (1 + 2)
     assert not list(run.rglob("*.partial")) or sent == signal.SIGKILL
+
+
+def test_progress_shows_images_a_second_and_the_time_left(vit, folder, capsys):
+    analyze(vit, folder, statistics=["cls_entropy"], progress=True, batch_size=5)
+    shown = capsys.readouterr().err
+    assert "10/10" in shown
+    assert "img/s" in shown
+    analyze(vit, folder, statistics=["cls_entropy"])
+    assert capsys.readouterr().err == ""  # no terminal, no notebook
+    analyze(vit, folder, statistics=["cls_entropy"], progress=False)
+    assert capsys.readouterr().err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from vitprobe.data.batches import Batch, default_workers, iterate, iterate_loader
 from vitprobe.data.sources import Images, LoaderImages, open_images
@@ -67,7 +68,7 @@ def analyze(
         seed: of the drawing of images.
         out: the run's folder; shards of at most 64 images are written to it as they are finished.
         overwrite: replace a run that is there already.
-        progress: show a progress bar; by default on a terminal only.
+        progress: show a progress bar; by default on a terminal and in a notebook.
 
     Returns:
         The profile. With `out` it is saved there too.
@@ -195,9 +196,9 @@ class _Run:
         """All batches, one after the other."""
         module = self.model.module
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        # tqdm's None means "on a terminal only".
-        disable = None if progress is None else not progress
-        bar = tqdm(total=total, desc=self.model.spec.name, unit="img", disable=disable, dynamic_ncols=True)
+        # Plain text also in a notebook: tqdm's widget there needs ipywidgets, and warns without.
+        shown = sys.stderr.isatty() or "ipykernel" in sys.modules if progress is None else progress
+        bar = tqdm(total=total, desc=self.model.spec.name, unit="img", disable=not shown, dynamic_ncols=True)
         with bar, capture(module, keep="statistics", statistics=statistics) as attention, torch.inference_mode():
             for batch in batches:
                 self.skipped += batch.skipped
