@@ -290,7 +290,7 @@ def test_a_disk_that_fills_up_midway_keeps_the_finished_shards(vit, tmp_path, mo
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr("vitprobe.profile.files.os.fsync", full_from_the_third_file_on)
+    monkeypatch.setattr("vitprobe.files.os.fsync", full_from_the_third_file_on)
     with pytest.raises(UserError, match="the disk is full"):
         analyze(vit, torch.randn(150, 3, 32, 32), statistics=["cls_entropy"], out=tmp_path / "run")
     assert Profile.load(tmp_path / "run").num_images == 64

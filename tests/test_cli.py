@@ -286,7 +286,7 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vitprobe.profile.files.os.fsync", full)
+    monkeypatch.setattr("vitprobe.files.os.fsync", full)
     result = invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run")
     fails_with_one_line(result, "the disk is full")
     assert not Path("run").exists()

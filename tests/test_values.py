@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vitprobe import files
 from vitprobe.errors import UserError
-from vitprobe.profile import files
 from vitprobe.profile.values import SHARD_IMAGES, MemoryValues, Sharder, ShardValues
 
 

@@ -217,4 +217,5 @@ def _interval(result: Estimate) -> str:
     mean = _percent(float(result.mean))
     if math.isnan(result.low):
         return f"{mean} (no interval: n = {result.n})"
-    return f"{mean} (95 % interval {_number(100 * result.low)} to {_number(100 * result.high)}, n = {result.n})"
+    low, high = (_number(100 * float(end)) for end in (result.low, result.high))
+    return f"{mean} (95 % interval {low} to {high}, n = {result.n})"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitprobe.errors import UserError
-from vitprobe.profile.files import write_atomically
+from vitprobe.files import write_atomically
 from vitprobe.profile.values import SHARD_FOLDER
 
 FORMAT_VERSION = 1

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 
 from vitprobe.errors import UserError
+from vitprobe.files import write_atomically
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.profile.diagnosis import Diagnosis, diagnose
-from vitprobe.profile.files import write_atomically
 from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
 from vitprobe.profile.intervals import Estimate, estimate
 from vitprobe.profile.values import MemoryValues, ShardValues

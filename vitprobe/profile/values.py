@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vitprobe.errors import UserError
-from vitprobe.profile.files import write_atomically
+from vitprobe.files import write_atomically
 
 SHARD_IMAGES = 64
 SHARD_FOLDER = "statistics"
