@@ -39,6 +39,7 @@ def make_profile(
     manifest = {
         "format_version": 1,
         "status": "complete",
+        "arguments": {},
         "model": {
             "name": name,
             "paradigm": paradigm,

@@ -208,10 +208,62 @@ def test_images_of_a_size_that_the_model_cannot_take(vit):
         analyze(vit, torch.randn(2, 3, 40, 40))
 
 
-@pytest.mark.parametrize("name", ["num_images", "batch_size"])
-def test_counts_below_one_are_refused(vit, folder, name):
-    with pytest.raises(UserError, match=f"{name} is 0; it must be at least 1"):
-        analyze(vit, folder, **{name: 0})
+@pytest.mark.parametrize(
+    ("name", "number", "least"), [("num_images", 0, 1), ("batch_size", 0, 1), ("seed", -1, 0), ("workers", -1, 0)]
+)
+def test_counts_below_the_least_are_refused(vit, folder, name, number, least):
+    with pytest.raises(UserError, match=f"{name} is {number}; it must be a whole number of at least {least}"):
+        analyze(vit, folder, **{name: number})
+
+
+def test_infinity_leaving_the_last_block_is_no_result(vit, folder):
+    def overflow(module, args, output):
+        output = output.clone()
+        output[:, 3] = float("inf")
+        return output
+
+    vit.blocks[2].mlp.register_forward_hook(overflow)
+    with pytest.raises(UserError, match="NaN or infinite from block 2 on"):
+        analyze(vit, folder)
+
+
+def test_the_first_bad_block_is_named_with_its_own_image(vit):
+    def poison(block, image):
+        def hook(module, args, output):
+            output = output.clone()
+            output[image] = float("nan")
+            return output
+
+        vit.blocks[block].mlp.register_forward_hook(hook)
+
+    poison(2, 0)
+    poison(1, 3)
+    with pytest.raises(UserError, match=r"from block 1 on \(image 3\)"):
+        analyze(vit, torch.randn(5, 3, 32, 32))
+
+
+def test_only_the_odds_of_cls_may_be_infinite(vit, folder):
+    """[cls] gives the patches less than float32 can hold: that is a result, not a defect."""
+    vit.cls_token.data[0, 0, 0] = 1000
+    vit.blocks[0].attn.qkv.weight.data = torch.cat([10 * torch.eye(32), 10 * torch.eye(32), torch.zeros(32, 32)])
+    profile = analyze(vit, folder, statistics=["cls_self_attention_ratio", "cls_self_attention"])
+    assert np.isinf(profile.values.read("cls_self_attention_ratio")[:, 0, 0]).all()
+    np.testing.assert_array_equal(profile.values.read("cls_self_attention")[:, 0, 0], 1)
+    table = profile.table(["cls_self_attention_ratio"])
+    assert (table[(table["block"] == 0) & (table["head"] == 0)]["interval"] == "none").all()
+
+
+def test_device_meta_is_refused_and_the_module_untouched(vit, folder):
+    before = vit.pos_embed.clone()
+    with pytest.raises(UserError, match="device meta cannot be used"):
+        analyze(vit, folder, device="meta")
+    assert torch.equal(vit.pos_embed, before)
+
+
+def test_nothing_defined_of_what_was_asked_for_is_an_error(vit, folder, tmp_path):
+    with pytest.raises(UserError, match="cls_to_registers"):
+        analyze(vit, folder, statistics=["cls_to_registers"], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_unknown_statistic_and_device(vit, folder):
@@ -237,12 +289,18 @@ def test_batches_are_sized_to_memory(monkeypatch):
     assert choose_batch_size(large, 1024, cpu) == 1
 
 
-def test_free_memory_is_known_or_assumed(monkeypatch):
+def test_free_memory_is_known_or_assumed_and_within_a_containers_limit(monkeypatch, tmp_path):
     from vitprobe.profile import state
 
     assert state.free_memory(torch.device("cpu")) > 2**20
+    monkeypatch.setattr(state, "CGROUP", tmp_path)
     monkeypatch.delattr(state.os, "sysconf")
     assert state.free_memory(torch.device("cpu")) == 2 * 2**30
+    (tmp_path / "memory.current").write_text("100\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert state.free_memory(torch.device("cpu")) == 2 * 2**30
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert state.free_memory(torch.device("cpu")) == 900
 
 
 # The run's folder -----------------------------------------------------------------------------------------------------
@@ -291,7 +349,7 @@ def test_a_disk_that_fills_up_midway_keeps_the_finished_shards(vit, tmp_path, mo
         real(descriptor)
 
     monkeypatch.setattr("vitprobe.files.os.fsync", full_from_the_third_file_on)
-    with pytest.raises(UserError, match="the disk is full"):
+    with pytest.raises(UserError, match=r"the disk is full.*; the 64 images finished before are kept in .*run$"):
         analyze(vit, torch.randn(150, 3, 32, 32), statistics=["cls_entropy"], out=tmp_path / "run")
     assert Profile.load(tmp_path / "run").num_images == 64
 

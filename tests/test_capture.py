@@ -349,6 +349,8 @@ def test_a_compiled_model_is_seen() -> None:
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():
         compiled(images())
-        with capture(model) as attention:
-            compiled(images())
-    assert_all_close(attention.statistics(), captured(model).statistics(), tolerance=1e-6)
+        for given in (model, compiled):
+            with capture(given) as attention:
+                compiled(images())
+            assert attention.module is model
+            assert_all_close(attention.statistics(), captured(model).statistics(), tolerance=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -29,6 +30,51 @@ def test_a_block_that_is_not_there() -> None:
         with pytest.raises(UserError) as error:
             attention[block]
         assert message(error) == f"VisionTransformer has blocks 0 to 1, not {block}; choose one of these"
+
+
+def test_what_is_no_block() -> None:
+    attention = captured(tiny_vit())
+    assert attention[np.int64(1)].block == attention[-1].block == 1
+    for wrong, kind in ((slice(0, 2), "slice"), ("a", "str"), (1.0, "float"), (None, "NoneType")):
+        with pytest.raises(UserError) as error:
+            attention[wrong]
+        assert message(error) == f"a block is an integer from 0 to 1, not a {kind}; take several one by one"
+
+
+@pytest.mark.parametrize("keep", ["qk", "statistics"])
+def test_statistics_that_the_model_has_none_of(keep: str) -> None:
+    asked = ["cls_entropy", "patches_to_registers"]
+    expected = (
+        "VisionTransformer has none of the statistics asked for: cls_entropy needs a [cls] token; "
+        "patches_to_registers needs register tokens"
+    )
+    model = tiny_vit(class_token=False, global_pool="avg")
+    with pytest.raises(UserError) as error:
+        captured(model, keep=keep, statistics=asked).statistics()
+    assert message(error) == expected
+    attention = captured(model, keep=keep)
+    with pytest.raises(UserError) as error:
+        attention.statistics(asked)
+    assert message(error) == expected
+    assert list(attention.statistics([*asked, "patch_entropy"])) == ["patch_entropy"]
+
+
+def test_no_statistic_asked_for() -> None:
+    for empty in ([], ()):
+        with pytest.raises(UserError, match="no statistic is asked for; name at least one"):
+            capture(tiny_vit(), statistics=empty)
+    with pytest.raises(UserError, match="no statistic is asked for; name at least one"):
+        captured(tiny_vit()).statistics([])
+    assert list(captured(tiny_vit(), statistics="cls_entropy").statistics()) == ["cls_entropy"]
+
+
+def test_a_wrapper_that_runs_copies_of_the_model() -> None:
+    with pytest.raises(AttentionNotSeenError) as error:
+        capture(torch.nn.DataParallel(tiny_vit()))
+    assert message(error) == (
+        "DataParallel wraps the model and may run copies of it, whose attention cannot be seen; pass model.module, and "
+        "call that inside the capture"
+    )
 
 
 def test_maps_of_a_capture_that_keeps_statistics() -> None:

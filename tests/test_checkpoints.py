@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitprobe.errors import UserError
+from vitprobe.models import checkpoints
 from vitprobe.models.checkpoints import classifier_size, load_into, read_checkpoint, strip_prefix
 from vitprobe.models.pickles import Foreign, TensorRecord, unpickle
 
@@ -726,6 +728,33 @@ def test_a_distilled_model_has_two_heads():
     module.pretrained_cfg = {"classifier": ("head", "head_dist"), "architecture": "distilled"}  # type: ignore[assignment]
     assert classifier_size(weights(module), module) == 5
     assert classifier_size({**weights(module), "head_dist.weight": torch.ones(4, 32)}, module) == 0
+
+
+def test_attention_pooling_goes_where_the_model_has_none():
+    source = timm.create_model("vit_base_patch32_siglip_256.v2_webli", depth=1)
+    target = timm.create_model("vit_base_patch32_siglip_gap_256.v2_webli", depth=1)
+    assert any(name.startswith("attn_pool.") for name in source.state_dict())
+    load_into(target, source.state_dict(), source="it")
+    assert torch.equal(target.state_dict()["norm.weight"], source.state_dict()["norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "home", "options"),
+    [
+        ("vit_tiny_r_s16_p8_224", "timm.models.vision_transformer_hybrid", {}),
+        ("flexivit_small", "timm.models.vision_transformer", {"interpolation": "bilinear", "antialias": False}),
+        (
+            "vit_base_patch16_radio_v3",
+            "timm.models.vision_transformer",
+            {"interpolation": "bilinear", "antialias": False, "align_corners": True},
+        ),
+    ],
+)
+def test_the_translation_is_the_one_that_timm_asks_for(architecture, home, options):
+    with torch.device("meta"):
+        module = timm.create_model(architecture)
+    translation = checkpoints._translation(module, {})
+    assert (translation.func.__module__, translation.keywords) == (home, options)  # type: ignore[attr-defined]
 
 
 def test_deit3_layer_scale_is_translated():

@@ -200,6 +200,14 @@ def test_no_network_for_weights_is_said_within_ten_seconds():
         (["--device", "nonsense"], ["device nonsense cannot be used", "choose cpu"]),
         (["--statistic", "entropy"], ["no statistic 'entropy'", "entropy"]),
         (["--nonsense"], ["--nonsense", "--help"]),
+        (["--device", "meta"], ["device meta cannot be used"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--statistic", "cls_to_registers"], ["cls_to_registers", "needs register tokens"]),
+        (["--data", ""], ["--data", "empty"]),
+        (["--out", ""], ["--out", "empty"]),
+        (["--out", "x" * 300], ["could not be written", "choose another folder (--out)"]),
+        (["--model", "vit_tiny_patch16_224.nope"], ["nope"]),
+        (["--model", "resnet18"], ["no list of transformer blocks"]),
         (["--out", "texts"], ["texts is not empty and holds no run"]),
         (["--out", "texts/a.txt"], ["is a file"]),
         (["--checkpoint", "texts/a.txt"], ["a.txt is no checkpoint"]),
@@ -277,6 +285,104 @@ def test_every_name_is_checked_before_the_first_model_runs(folder):
     assert not Path("two").exists()
 
 
+def test_a_manifest_of_somebody_elses_makes_no_run(folder):
+    app = Path("app")
+    (app / "figures").mkdir(parents=True)
+    (app / "statistics").mkdir()
+    (app / "manifest.json").write_text('{"name": "my web app"}')
+    (app / "figures" / "paper.pdf").write_text("mine")
+    (app / "statistics" / "data.csv").write_text("mine")
+    for options in ([], ["--overwrite"]):
+        result = invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "app", *options)
+        fails_with_one_line(result, "app is not empty and holds no run of vitprobe")
+    assert sorted(path.name for path in app.rglob("*") if path.is_file()) == ["data.csv", "manifest.json", "paper.pdf"]
+
+
+def test_overwrite_takes_a_runs_own_files_alone(folder):
+    arguments = ("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run")
+    assert invoke(*arguments).exit_code == 0
+    (Path("run") / "figures" / "mine.pdf").write_text("mine")
+    (Path("run") / "statistics" / "mine.csv").write_text("mine")
+    result = invoke(*arguments, "--statistic", "cls_self_attention", "--overwrite")
+    assert result.exit_code == 0, result.output
+    assert (Path("run") / "figures" / "mine.pdf").read_text() == "mine"
+    assert (Path("run") / "statistics" / "mine.csv").read_text() == "mine"
+    drawn = {path.stem for path in (Path("run") / "figures").iterdir()}
+    assert drawn == {"mine", "figure3_cls_self_attention"}  # no figure of the run before stays
+
+
+def test_figures_of_another_run_are_not_replaced_unasked(folder):
+    figure = Path("out/figures/figure3_cls_self_attention.pdf")
+    figure.parent.mkdir(parents=True)
+    figure.write_text("mine")
+    result = invoke("analyze", "--data", folder, "--out", "out")
+    fails_with_one_line(result, "holds another run's figures; pass --overwrite")
+    assert figure.read_text() == "mine"
+
+
+def test_the_manifest_says_model_checkpoint_and_arch(folder):
+    model = vitprobe.load_model("mae_vit_nano", pretrained=False)
+    torch.save(model.module.state_dict(), "w.pth")
+    invoke("analyze", "--model", "mae_vit_nano", "--checkpoint", "w.pth", "--data", folder, "--out", "run")
+    arguments = json.loads(Path("run/manifest.json").read_text())["arguments"]
+    assert (arguments["model"], arguments["checkpoint"], arguments["arch"]) == ("mae_vit_nano", "w.pth", None)
+    assert arguments["data"] == str(folder)
+    invoke("analyze", "--checkpoint", "w.pth", "--arch", "mae_vit_nano", "--data", folder, "--out", "run2")
+    arguments = json.loads(Path("run2/manifest.json").read_text())["arguments"]
+    assert (arguments["model"], arguments["arch"]) == ("w.pth", "mae_vit_nano")
+
+
+def test_an_ascii_terminal_and_names_that_are_no_text(folder):
+    folder.rename(os.fsdecode(os.fsencode(folder) + b"\xff"))
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [os.fsencode(VITPROBE), b"analyze", b"--model", b"mae_vit_nano", b"--img-size", b"33"]
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    command = [*command[:4], b"--data", os.fsencode(folder) + b"\xff", b"--out", b"r\xff"]
+    done = subprocess.run(command, capture_output=True, timeout=60, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_output_that_cannot_be_written(folder):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    done = subprocess.run(f"{VITPROBE} models > /dev/full", shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "Error: the output could not be written: no space left on its device\n"
+    quiet = f"{VITPROBE} analyze --model mae_vit_nano --data {folder} --out quiet 2>&-"
+    done = subprocess.run(quiet, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "mae_vit_nano: [cls]" in done.stdout
+
+
+def test_vitprobe_alone_gives_its_help():
+    done = process()
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: vitprobe")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_one_line(monkeypatch, error):
+    def hungry(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("vitprobe.profile.analysis.analyze", hungry)
+    fails_with_one_line(invoke("analyze", "--model", "mae_vit_nano"), "out of memory; give a smaller --batch-size")
+
+
+def test_a_ratio_is_printed_as_what_its_interval_is_about(folder):
+    result = invoke(
+        "analyze", "--model", "mae_vit_nano", "--data", folder, "--statistic", "cls_update_ratio", "--out", "r"
+    )
+    assert result.exit_code == 0, result.output
+    assert "cls_update_ratio (geometric mean)" in result.stdout
+    assert "none of the paper's three statistics was measured" in " ".join(result.stdout.split())
+    assert "next: measure the paper's three statistics too" in " ".join(result.stdout.split())
+
+
 def test_figures_of_no_run(folder):
     fails_with_one_line(invoke("figures", "images"), "images holds no run")
     fails_with_one_line(invoke("figures"), "RUNS")
@@ -318,7 +424,7 @@ def test_ctrl_c_exits_with_130_and_finished_shards_stay(tmp_path):
     _, errors = running.communicate(timeout=60)
     assert running.returncode == 130, errors
     assert "Traceback" not in errors
-    assert "finished shards are in run" in errors
+    assert "finished shards are kept; vitprobe figures run reads them" in errors
     assert 64 <= Profile.load("run").num_images < 300
 
 

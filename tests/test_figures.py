@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import os
 import weakref
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -26,6 +26,7 @@ from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import STATISTICS
 
 NO_CLS = "needs a [cls] token"
+ALL_SEEN = frozenset({"residual", "update"})
 
 
 @dataclass
@@ -50,7 +51,8 @@ class FakeProfile:
 
     @property
     def undefined(self) -> dict[str, str]:
-        return {} if self.has_cls else {name: NO_CLS for name, entry in STATISTICS.items() if "cls" in entry.needs}
+        reasons = {name: entry.undefined(self.layout, ALL_SEEN) for name, entry in STATISTICS.items()}
+        return {name: reason for name, reason in reasons.items() if reason and "register" not in reason}
 
     def center(self, statistic: str, block: int, head: int = 1) -> float:
         highest = min(STATISTICS[statistic].bounds(self.layout)[1], 10.0)
@@ -256,6 +258,26 @@ def test_a_level_line_has_room_over_it():
         assert figures.cls_self_attention(profiles).get_ylim()[1] > 1.04 * 0.06
 
 
+@pytest.mark.parametrize("name", [name for name, entry in STATISTICS.items() if "patches" not in entry.needs])
+def test_a_single_patch_is_drawn_with_room_and_without_a_warning(name):
+    profile = FakeProfile(grid=(1, 1), num_blocks=2)
+    ax = figures.statistic(profile, name)
+    bottom, top = ax.get_ylim()
+    assert top > bottom
+    assert main_lines(ax)[0].get_ydata().tolist() == [profile.center(name, block) for block in range(2)]
+    if STATISTICS[name].per_head:
+        figures.heads(profile, name)
+
+
+def test_an_entropy_share_of_a_single_patch_is_named():
+    one, many = FakeProfile("one patch", grid=(1, 1)), FakeProfile()
+    with pytest.raises(UserError, match=r"one patch \(needs more than one patch\)$"):
+        figures.statistic(one, "cls_entropy_share")
+    assert "not shown: one patch (needs more than one patch)" in note(
+        figures.statistic([one, many], "cls_entropy_share")
+    )
+
+
 def test_the_entropys_maximum_is_log_of_the_number_of_patches():
     ax = figures.cls_entropy([FakeProfile(), FakeProfile("b", "JEA")])
     (line,) = labelled(ax.lines, "_maximum")
@@ -361,6 +383,22 @@ def test_no_profile_is_an_error():
     assert str(error.value) == (
         "there is no profile to draw; give one profile or several (vitprobe.Profile.load reads a run)"
     )
+
+
+@pytest.mark.parametrize(("wrong", "kind"), [("x", "str"), (None, "NoneType"), (["a", "b"], "str"), ([[]], "list")])
+def test_what_is_no_profile_is_an_error(wrong, kind, tmp_path):
+    expected = f"figures draw profiles (what vitprobe.analyze and vitprobe.Profile.load give), not a {kind}"
+    for draw in (figures.cls_entropy, figures.statistic, lambda given: figures.save_paper_figures(given, tmp_path)):
+        arguments = (wrong, "cls_entropy") if draw is figures.statistic else (wrong,)
+        with pytest.raises(UserError) as error:
+            draw(*arguments)
+        assert str(error.value) == expected
+    with pytest.raises(UserError, match=r"^figures draw profiles .*, not a (str|NoneType|list)$"):
+        figures.heads(wrong)
+
+
+def test_several_profiles_may_come_from_a_generator():
+    assert len(main_lines(figures.cls_entropy(profile for profile in eight_models()))) == 8
 
 
 def test_an_unknown_statistic_lists_the_nearest():
@@ -512,22 +550,35 @@ def test_a_figure_without_layout_engine_is_saved_with_its_legend(tmp_path):
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
     (tmp_path / "a.pdf").write_bytes(b"old")
 
-    def full(self: Path, content: bytes) -> int:
-        self.touch()
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError) as error:
         figures.save_figure(figures.cls_entropy(FakeProfile()), tmp_path / "a")
-    expected = f"cannot write {tmp_path / 'a.pdf'}: No space left on device; make room there or give another folder"
-    assert str(error.value) == expected
+    assert str(error.value).startswith(f"the disk is full, so {tmp_path / 'a.pdf'} could not be written; ")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pdf"] and (tmp_path / "a.pdf").read_bytes() == b"old"
 
 
 def test_a_file_in_the_folders_place_is_one_line(tmp_path):
-    (tmp_path / "taken").write_text("")
-    with pytest.raises(UserError, match=r"^cannot write .*figure3_cls_self_attention\.pdf: .*give another folder$"):
-        figures.save_paper_figures(FakeProfile(), tmp_path / "taken")
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    ax = figures.cls_entropy(FakeProfile())
+    for below in (taken, taken / "sub" / "folder"):
+        for save in (
+            lambda folder: figures.save_paper_figures(FakeProfile(), folder),
+            lambda folder: figures.save_figure(ax, folder / "stem"),
+        ):
+            with pytest.raises(UserError) as error:
+                save(below)
+            assert str(error.value) == f"{taken} is a file; give a folder"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"] and taken.read_text() == "mine"
+
+
+def test_a_stem_without_a_name_is_one_line():
+    with pytest.raises(UserError) as error:
+        figures.save_figure(figures.cls_entropy(FakeProfile()), "")
+    assert str(error.value) == "'.' names no file; give a folder and the file's name without its ending"
 
 
 def test_the_papers_figures_are_written_into_a_new_folder(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import http.server
+import io
 import json
 import os
 import socket
@@ -21,7 +23,7 @@ from safetensors.torch import save_file
 
 from vitprobe.errors import UserError
 from vitprobe.models import hub
-from vitprobe.models.loading import load_model, weights_sha256
+from vitprobe.models.loading import load_model, require_loadable, weights_sha256
 from vitprobe.models.registry import find_spec
 
 WAY_OUT = "; give the weights with --checkpoint FILE, or use a bundled model (--model mae_vit_nano)"
@@ -99,6 +101,22 @@ def put_in_hub_cache(cache: Path, repository: str, files: dict[str, bytes | dict
             save_file(content, snapshot / name)
 
 
+def pickled(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def small_config(**more) -> bytes:
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 0,
+        "model_args": {"img_size": 32},
+        "pretrained_cfg": {"input_size": [3, 32, 32], "fixed_input_size": True, "mean": [0.1, 0.2, 0.3]},
+    }
+    return json.dumps({**config, **more}).encode()
+
+
 def untrained(name: str, **options) -> timm.models.VisionTransformer:
     torch.manual_seed(3)
     return timm.create_model(name, **options)  # type: ignore[return-value]
@@ -134,19 +152,20 @@ def test_cached_weights_are_resampled_to_another_size(empty_caches, no_sockets):
 
 def test_damaged_cached_weights_are_one_line(empty_caches, no_sockets):
     put_in_hub_cache(empty_caches, "timm/eva02_tiny_patch14_224.mim_in22k", {"model.safetensors": b"cut off"})
-    with pytest.raises(UserError, match=r"^the weights at .*model\.safetensors cannot be loaded: .*; delete them to"):
+    with pytest.raises(UserError, match=r"/model\.safetensors is no safetensors file, .*; delete it to download it ag"):
+        load_model("eva02_vit_t")
+
+
+def test_cached_weights_of_another_model_are_one_line(empty_caches, no_sockets):
+    state = untrained("vit_tiny_patch16_224").state_dict()
+    put_in_hub_cache(empty_caches, "timm/eva02_tiny_patch14_224.mim_in22k", {"model.safetensors": state})
+    with pytest.raises(UserError, match=r"does not fit eva02_tiny_patch14_224: .* - delete it to download it again$"):
         load_model("eva02_vit_t")
 
 
 def test_a_cached_hub_repository_loads_without_a_socket(empty_caches, no_sockets):
     module = untrained("vit_tiny_patch16_224", num_classes=0, img_size=32)
-    config = {
-        "architecture": "vit_tiny_patch16_224",
-        "num_classes": 0,
-        "model_args": {"img_size": 32},
-        "pretrained_cfg": {"input_size": [3, 32, 32], "fixed_input_size": True, "mean": [0.1, 0.2, 0.3]},
-    }
-    files = {"config.json": json.dumps(config).encode(), "model.safetensors": module.state_dict()}
+    files = {"config.json": small_config(), "model.safetensors": module.state_dict()}
     put_in_hub_cache(empty_caches, "someone/small", files)
     loaded = load_model("hf-hub:someone/small")
     assert (loaded.spec.name, loaded.spec.source) == ("small", "hf-hub:someone/small")
@@ -160,6 +179,62 @@ def test_a_cached_hub_repository_loads_without_a_socket(empty_caches, no_sockets
         load_model("hf-hub:someone/small", img_size=33)
     untrained_spec = load_model("hf-hub:someone/small", pretrained=False).spec
     assert (untrained_spec.name, untrained_spec.paradigm) == ("small-random", "random")
+
+
+class Payload:
+    ran = False
+
+    def __reduce__(self):
+        return setattr, (Payload, "ran", True)
+
+
+def test_code_in_a_downloaded_file_neither_runs_nor_keeps_it_from_loading(empty_caches, no_sockets):
+    module = untrained("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    checkpoint = {"args": argparse.Namespace(lr=1), "more": Payload(), "model": module.state_dict()}
+    put_in_hub_cache(
+        empty_caches, "someone/small", {"config.json": small_config(), "pytorch_model.bin": pickled(checkpoint)}
+    )
+    assert weights_sha256(load_model("hf-hub:someone/small").module) == weights_sha256(module)
+    assert not Payload.ran
+
+
+def test_averaged_weights_come_first_as_in_timm(empty_caches, no_sockets):
+    module = untrained("vit_tiny_patch16_224", num_classes=0, img_size=32)
+    zeros = {name: torch.zeros_like(value) for name, value in module.state_dict().items()}
+    checkpoint = {"model": zeros, "model_ema": module.state_dict()}
+    put_in_hub_cache(
+        empty_caches, "someone/small", {"config.json": small_config(), "pytorch_model.bin": pickled(checkpoint)}
+    )
+    assert weights_sha256(load_model("hf-hub:someone/small").module) == weights_sha256(module)
+
+
+def test_a_classifier_of_other_classes_than_the_config_counts_is_left_out(empty_caches, no_sockets):
+    module = untrained("vit_tiny_patch16_224", num_classes=7, img_size=32)
+    config = small_config(num_classes=7, model_args={"img_size": 32, "num_classes": 5})
+    put_in_hub_cache(empty_caches, "someone/small", {"config.json": config, "model.safetensors": module.state_dict()})
+    loaded = load_model("hf-hub:someone/small").module.state_dict()
+    assert loaded["head.weight"].shape == (5, 192)
+    assert all(torch.equal(loaded[name], value) for name, value in module.state_dict().items() if "head" not in name)
+
+
+def test_a_repository_whose_arguments_timm_does_not_take(empty_caches, no_sockets):
+    put_in_hub_cache(empty_caches, "someone/small", {"config.json": small_config(model_args={"depth": "deep"})})
+    for attempt in (load_model, require_loadable):
+        with pytest.raises(
+            UserError, match=r"^timm cannot build what the config\.json of hf-hub:someone/small describes"
+        ):
+            attempt("hf-hub:someone/small")
+
+
+def test_a_repository_whose_weights_are_not_here(empty_caches, monkeypatch):
+    put_in_hub_cache(empty_caches, "someone/small", {"config.json": small_config()})
+    monkeypatch.setattr(hub, "why_no_answer", lambda address: "no route")
+    with pytest.raises(UserError, match=r"^cannot download someone/small from .*: no route"):
+        require_loadable("hf-hub:someone/small")
+    monkeypatch.setattr(hub, "why_no_answer", lambda address: "")
+    require_loadable("hf-hub:someone/small")
+    with pytest.raises(UserError, match="cannot take images of 33×33 pixels"):
+        require_loadable("hf-hub:someone/small", img_size=33)
 
 
 def test_a_hub_repository_of_a_known_model_has_its_spec(empty_caches, no_sockets):
@@ -377,9 +452,12 @@ def test_a_repository_that_the_hub_does_not_have(server, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE  # made when the client was imported
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.address + template[template.index("/{") :])
-    server.answers["/o/n/resolve/main/model.safetensors"] = (401, {"X-Error-Code": "RepoNotFound"}, b"")
+    for name in ("model.safetensors", "config.json"):
+        server.answers[f"/o/n/resolve/main/{name}"] = (401, {"X-Error-Code": "RepoNotFound"}, b"")
     with pytest.raises(UserError, match=rf"^there is no repository o/n at {server.address}, or it is private"):
         hub.fetch_from_hub("o/n")
+    with pytest.raises(UserError, match=rf"^there is no repository o/n at {server.address}, or it is private"):
+        require_loadable("hf-hub:o/n")
 
 
 def test_the_second_file_is_taken_where_the_first_is_not_there(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import nn
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.models import hub, loading
 from vitprobe.models.building import architecture_of, build, spec_of
-from vitprobe.models.loading import LoadedModel, load_model, weights_sha256
+from vitprobe.models.loading import LoadedModel, load_model, require_loadable, weights_sha256
 from vitprobe.models.registry import find_spec
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -155,7 +156,8 @@ def test_a_timm_model_from_a_plain_address(tmp_path, monkeypatch):
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: config)
     module = timm.create_model("vit_tiny_patch16_224.augreg_in21k")
     encoder = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
-    torch.save({"encoder": encoder, "epoch": 1}, tmp_path / "weights.pth")
+    target = {name: torch.zeros_like(tensor) for name, tensor in encoder.items()}
+    torch.save({"target_encoder": target, "encoder": encoder, "epoch": 1}, tmp_path / "weights.pth")
     monkeypatch.setattr(loading, "fetch_from_address", lambda address, name: tmp_path / "weights.pth")
     model = load_model("vit_tiny_patch16_224.augreg_in21k")
     assert weights_sha256(model.module) == weights_sha256(module)
@@ -267,6 +269,72 @@ def test_options_that_are_for_names_only(options):
     assert refusal(nano(depth=1), **options) == (
         "checkpoint, arch and pretrained are for models by name: this one is built already"
     )
+
+
+def test_a_compiled_module_is_the_module():
+    module = nano(depth=1)
+    assert load_model(torch.compile(module)).module is module  # type: ignore[arg-type]
+
+
+def test_a_module_that_only_wraps_a_model():
+    wrapper = nn.Module()
+    wrapper.module = nano(depth=1)
+    assert refusal(nn.DataParallel(nano(depth=1))) == "DataParallel only wraps a model: pass its .module instead"
+    assert refusal(wrapper) == "Module only wraps a model: pass its .module instead"
+
+
+@pytest.mark.parametrize("name", [None, 3])
+def test_what_is_no_model_at_all(name):
+    with pytest.raises(UserError) as caught:
+        inspect.unwrap(load_model)(name)  # without the tests' own check of types
+    assert str(caught.value) == (f"a model is a name, a checkpoint file, an nn.Module or a LoadedModel, not {name}")
+
+
+@pytest.mark.parametrize("size", [32.0, "32", (32,), (32, 32.0), (1, 2, 3), True, [32, 32]])
+def test_image_sizes_of_another_kind(size):
+    for attempt in (load_model, require_loadable):
+        with pytest.raises(UserError) as caught:
+            inspect.unwrap(attempt)("mae_vit_nano", img_size=size)
+        assert str(caught.value) == f"img_size is one side in whole pixels (224) or (height, width), not {size!r}"
+
+
+# What can be known before ---------------------------------------------------------------------------------------------
+
+
+def test_what_can_be_known_without_the_weights(file, tmp_path):
+    """Each refusal is that of `load_model`, word for word."""
+    for options in (
+        {"name": "mae_vitb"},
+        {"name": "mae_vit_b"},
+        {"name": "ijepa_vit_h"},
+        {"name": "vit_tiny_patch16_384"},
+        {"name": "vit_base_patch16_xp_224"},
+        {"name": "vit_nano_patch4_32"},
+        {"name": "hf-hub:owner/absent"},
+        {"name": "resnet50"},
+        {"name": "none.pth", "arch": "mae_vit_b"},
+        {"name": "mae_vit_nano", "checkpoint": tmp_path / "none.pth"},
+        {"name": "mae_vit_nano", "checkpoint": tmp_path},
+        {"name": file},
+        {"name": file, "arch": "mae_vit_q"},
+        {"name": "mae_vit_nano", "img_size": 33},
+        {"name": "mae_vit_b", "img_size": 225},
+        {"name": "mae_vit_b", "img_size": 0},
+        {"name": "mae_vit_nano", "checkpoint": file, "img_size": -4},
+    ):
+        with pytest.raises(UserError) as caught:
+            require_loadable(**options)
+        name = options.pop("name")
+        assert str(caught.value) == refusal(name, **options)
+
+
+def test_what_can_be_loaded_as_far_as_one_can_know(file, monkeypatch):
+    require_loadable("mae_vit_nano", img_size=64)
+    require_loadable(file, arch="mae_vit_nano")
+    require_loadable("mae_vit_nano", checkpoint=file)
+    monkeypatch.setattr(hub, "why_no_answer", lambda address: "")
+    for name in ("mae_vit_b", "ijepa_vit_h", "vit_tiny_patch16_384"):
+        require_loadable(name)
 
 
 # Weights that mean nothing -------------------------------------------------------------------------------------------

@@ -114,7 +114,12 @@ def test_save_refuses_another_run(profile, tmp_path):
         ("[]", "manifest.json is broken"),
         ("{}", "manifest.json is broken"),
         ('{"format_version": 99}', "has format 99, this vitprobe reads format 1; upgrade vitprobe"),
-        ('{"format_version": 1}', "holds no finished shard"),
+        ('{"format_version": 1}', "manifest.json is broken, or none of vitprobe's"),
+        ('{"name": "my web app"}', "manifest.json is broken, or none of vitprobe's"),
+        (
+            '{"format_version": 1, "model": {}, "layout": {}, "undefined": {}, "arguments": {}}',
+            "holds no finished shard",
+        ),
     ],
 )
 def test_what_is_no_run_is_refused(tmp_path, content, message):
@@ -122,6 +127,24 @@ def test_what_is_no_run_is_refused(tmp_path, content, message):
         (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(UserError, match=message):
         Profile.load(tmp_path)
+
+
+def test_a_run_is_read_from_anywhere(profile, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    profile.save("run")
+    again = Profile.load("run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(again.table()) == len(profile.table())
+
+
+def test_shards_of_another_run_are_not_mixed_in(profile, tmp_path):
+    profile.save(tmp_path / "run")
+    make_profile(CURVES, heads=3).save(tmp_path / "other")
+    shard = tmp_path / "other" / "statistics" / "shard-00000.safetensors"
+    shard.rename(tmp_path / "run" / "statistics" / "shard-00001.safetensors")
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors is of another run than the shards before it"):
+        Profile.load(tmp_path / "run").table()
 
 
 def test_notebooks_show_the_diagnosis_and_the_table(profile):

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -115,6 +116,56 @@ def test_a_name_with_a_line_break_or_undecodable_bytes_stays_one_printable_line(
     assert images.names == ["a\\nb.png", "\\udcff.png"]
     assert [images.read(i).size for i in range(2)] == [(12, 10)] * 2
     images.fingerprint()
+
+
+def linked_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "set"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    for name in ("set/1.png", "set/2.png", "set/sub/3.png", "elsewhere/deep/4.png", "above.png"):
+        picture().save(tmp_path / name)
+    return folder
+
+
+def test_links_to_images_and_to_other_folders_are_followed(tmp_path):
+    folder = linked_folder(tmp_path)
+    (folder / "link.png").symlink_to(tmp_path / "above.png")
+    (folder / "z").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "also").symlink_to(folder)
+    images = open_images(folder)
+    assert images.names == ["1.png", "2.png", "link.png", "sub/3.png", "z/deep/4.png"]
+    assert all(images.read(i).size == (12, 10) for i in range(5))
+    assert open_images(tmp_path / "also").names == images.names
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "sub", "../set", "/"])
+def test_a_link_back_or_to_a_folder_of_the_same_tree_adds_no_image(tmp_path, monkeypatch, target):
+    folder = linked_folder(tmp_path)
+    for name in ("a", "b"):  # "a" comes before "sub", but real folders give the names
+        (folder / name).symlink_to(target)
+    (folder / "z").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder / "sub")
+    images = open_images(folder)
+    assert images.names == ["1.png", "2.png", "sub/3.png", "z/deep/4.png"]
+    assert all(images.read(i).size == (12, 10) for i in range(4))
+    monkeypatch.chdir(folder)
+    assert open_images(".").names == images.names
+
+
+def test_a_folder_with_links_that_lead_back_alone(tmp_path):
+    (tmp_path / "self").symlink_to(".")
+    assert refusal(tmp_path).startswith(f"{tmp_path} holds no images (")
+    picture().save(tmp_path / "1²2.png")
+    assert refusal(tmp_path).startswith(f"{tmp_path} cannot be listed: invalid literal for int()")
+
+
+def test_an_empty_path_is_not_the_current_folder():
+    for data in ("", [""]):
+        assert refusal(data) == "the path of the images is empty: give a folder, a .tar or an image file"
+
+
+def test_a_home_that_nobody_has():
+    assert refusal("~nobody_of_this_name/x").startswith("~nobody_of_this_name/x does not exist: ")
 
 
 def test_a_missing_folder(tmp_path):
@@ -397,7 +448,8 @@ def test_a_picture_alone_and_one_whose_file_is_damaged(tmp_path):
 
 
 def test_lists_that_cannot_be(tmp_path):
-    assert refusal([]) == "the list of images is empty: give at least one path, PIL image or tensor"
+    for empty in ([], ()):
+        assert refusal(empty) == "the list of images is empty: give at least one path, PIL image or tensor"
     assert refusal(["none.png"]) == "none.png (entry 0 of the list) does not exist"
     assert refusal([tmp_path]) == f"{tmp_path} is a folder: a list takes image files; give the folder alone"
     assert refusal([picture(), 5]) == "entry 1 of the list is a int: give paths, PIL images or float tensors (3, H, W)"
@@ -440,7 +492,10 @@ def test_tensors_that_cannot_be():
     assert refusal(torch.zeros(0, 3, 4, 4)) == shape.format((0, 3, 4, 4))
 
 
-@pytest.mark.parametrize(("data", "kind"), [(5, "int"), (np.zeros((3, 4, 4)), "ndarray"), ({"a": 1}, "dict")])
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(5, "int"), (np.zeros((3, 4, 4)), "ndarray"), ({"a": 1}, "dict"), ((picture() for _ in range(2)), "generator")],
+)
 def test_what_is_no_source_of_images(data, kind):
     assert refusal(data) == (
         f"cannot read images from a {kind}: give a folder, a .tar, an image file, a list of paths, "
@@ -496,7 +551,8 @@ def test_groups_as_a_list_and_as_a_function(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         picture().save(tmp_path / name)
     assert open_images(tmp_path, groups=lambda name: name.split("/")[0]).groups == ["cat", "cat", "dog"]
-    assert open_images(tmp_path, groups=[1, 1, 2]).groups == ["1", "1", "2"]
+    for groups in ([1, 1, 2], (1, 1, 2), np.array([1, 1, 2]), pd.Series([1, 1, 2], index=[7, 8, 9])):
+        assert open_images(tmp_path, groups=groups).groups == ["1", "1", "2"]
 
 
 def test_images_pass_through_and_can_be_grouped_anew():
@@ -514,6 +570,19 @@ def test_groups_that_cannot_be():
     assert refusal(pixels, groups="ab") == (
         "groups is one string, 'ab': give a list, one group an image, or a function of its name"
     )
+    for groups, kind in (
+        (3, "int"),
+        (iter([1, 2]), "list_iterator"),
+        ((name for name in "ab"), "generator"),
+        ({"0": "a", "1": "b"}, "dict"),
+        ({"a", "b"}, "set"),
+        (np.array(3), "ndarray"),
+        (np.zeros((2, 2)), "ndarray"),
+    ):
+        for data in (pixels, open_images(pixels), DataLoader(TensorDataset(pixels))):
+            assert refusal(data, groups=groups) == (
+                f"groups is a {kind}: give a list, one group an image, or a function of its name"
+            )
 
 
 def test_the_shared_photographs():

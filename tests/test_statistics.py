@@ -366,6 +366,15 @@ def test_select_keeps_the_order_of_the_table_and_takes_one_name() -> None:
     assert select(None) == list(STATISTICS.values())
 
 
+def test_no_statistic_at_all() -> None:
+    for empty in ([], ()):
+        with pytest.raises(UserError) as error:
+            select(empty)
+        assert str(error.value) == (
+            "no statistic is asked for; name at least one, or leave the argument out for all of them"
+        )
+
+
 def test_an_unknown_statistic_lists_the_nearest() -> None:
     with pytest.raises(UserError) as error:
         select(["cls_entrophy"])

@@ -74,7 +74,7 @@ def test_a_full_disk_leaves_finished_shards_and_nothing_half_written(tmp_path: P
 
 def test_other_write_errors_name_the_path(tmp_path: Path):
     (tmp_path / "taken").write_text("a file where a folder must be")
-    with pytest.raises(UserError, match=r"taken.*could not be written \(.*\); choose another --out"):
+    with pytest.raises(UserError, match=r"taken.*could not be written \(.*\); choose another folder"):
         files.write_atomically(tmp_path / "taken" / "x", b"")
 
 

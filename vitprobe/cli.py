@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import sys
 import textwrap
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -30,28 +32,59 @@ HEADINGS = {
 }
 
 
+class SomePath(click.Path):
+    """A path that says something: click takes an empty one for the current folder."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path."""
+        if value == "":
+            self.fail("it is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 class Commands(click.Group):
     """A group whose errors are one line each: exit status 2 for the user's mistake, 130 for Ctrl-C."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command line and exit."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # an ASCII terminal shows ×
         try:
-            code = super().main(*args, **{**kwargs, "standalone_mode": False})
-            sys.exit(code if isinstance(code, int) else 0)
+            super().main(*args, **{**kwargs, "standalone_mode": False})
+            if sys.stdout:
+                sys.stdout.flush()
+        except click.exceptions.Exit as error:
+            sys.exit(error.exit_code)
         except UserError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(2)
+            _fail(str(error))
+        except click.exceptions.NoArgsIsHelpError as error:
+            click.echo(error.ctx.get_help() if error.ctx else "")
         except click.ClickException as error:
             context = getattr(error, "ctx", None)
-            hint = f" (see {context.command_path} --help)" if context is not None else ""
-            click.echo(f"Error: {error.format_message()}{hint}", err=True)
-            sys.exit(2)
+            _fail(error.format_message() + (f" (see {context.command_path} --help)" if context is not None else ""))
         except (KeyboardInterrupt, click.Abort):
             click.echo("interrupted", err=True)
             sys.exit(130)
-        except BrokenPipeError:  # the reader (head, less) has gone
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ENOSPC):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again on leaving
+            if error.errno == errno.ENOSPC:
+                _fail("the output could not be written: no space left on its device")
+        except (MemoryError, RuntimeError) as error:
+            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+                raise
+            _fail("out of memory; give a smaller --batch-size or --img-size, or a smaller model")
+        sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(2)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -71,13 +104,11 @@ def main() -> None:
     metavar="NAME",
     help="An alias (vitprobe models), any timm name, or hf-hub:…; repeat for several.  [the bundled models]",
 )
-@click.option(
-    "--checkpoint", type=click.Path(path_type=Path), metavar="FILE", help="Weights for --model, or for --arch."
-)
+@click.option("--checkpoint", type=SomePath(), metavar="FILE", help="Weights for --model, or for --arch.")
 @click.option("--arch", metavar="NAME", help="The architecture of --checkpoint: an alias or a timm architecture.")
 @click.option(
     "--data",
-    type=click.Path(path_type=Path),
+    type=SomePath(),
     metavar="PATH",
     help="A folder, a tar or one image.  [packaged photographs]",
 )
@@ -94,10 +125,10 @@ def main() -> None:
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="B", help="Images a batch.  [sized to memory]")
 @click.option("--workers", type=click.IntRange(min=0), metavar="W", help="Reading processes.  [chosen for the machine]")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …  [a GPU where there is one]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the drawing of images.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the drawing of images.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=SomePath(),
     metavar="DIR",
     help="The run's folder; for several models it holds a folder each.  [runs/<model>-<time>]",
 )
@@ -118,31 +149,35 @@ def analyze(
         for spec in filter(None, map(find_spec, names)):
             require_weights(spec)  # before torch is imported: a missing network should cost seconds
 
-    from vitprobe.models.loading import load_model, require_known
+    from vitprobe.figures import save_paper_figures
+    from vitprobe.models.loading import require_loadable
     from vitprobe.profile.analysis import analyze as run
     from vitprobe.profile.folder import check_output
 
+    given = {"checkpoint": checkpoint if models else None, "arch": arch}
     for name, folder in zip(names, folders, strict=True):  # what can be known is checked for all before any runs
         check_output(folder, options["overwrite"])
-        require_known(name)
+        require_loadable(name, **given, img_size=options["img_size"])
+    figures = (folders[0] if len(folders) == 1 else folders[0].parent) / "figures"
+    if _earlier_figures(figures) and not options["overwrite"]:
+        raise UserError(f"{figures} holds another run's figures; pass --overwrite to replace them, or another --out")
+
     statistics = options.pop("statistics") or None
     profiles = []
     for name, folder in zip(names, folders, strict=True):
-        loaded = load_model(name, checkpoint=checkpoint if models else None, arch=arch, img_size=options["img_size"])
         try:
-            profile = run(loaded, statistics=statistics, out=folder, **options)
+            profile = run(name, **given, statistics=statistics, out=folder, **options)
         except KeyboardInterrupt:
-            _say_what_is_left(folder)
+            _say_what_is_left(folders)
             raise
         click.echo(f"\n{_table(profile)}\n\n{_wrapped(profile.diagnosis().lines)}")
         _say_skipped(profile)
         profiles.append(profile)
-    from vitprobe.figures import save_paper_figures
-
-    root = folders[0] if len(folders) == 1 else folders[0].parent
-    drawn = save_paper_figures(profiles, root / "figures")
+    for path in _earlier_figures(figures):
+        path.unlink()
+    drawn = save_paper_figures(profiles, figures)
     if drawn:
-        click.echo(f"\nfigures: {root / 'figures'} ({', '.join(path.name for path in drawn if path.suffix == '.pdf')})")
+        click.echo(f"\nfigures: {figures} ({', '.join(path.name for path in drawn if path.suffix == '.pdf')})")
     click.echo(f"every statistic: {', '.join(str(folder / 'summary.csv') for folder in folders)}")
 
 
@@ -161,10 +196,10 @@ def list_models(words: tuple[str, ...], paradigm: str | None) -> None:
 
 
 @main.command(short_help="Draw several runs together.")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, type=SomePath())
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=SomePath(),
     default=Path("figures"),
     show_default=True,
     metavar="DIR",
@@ -225,7 +260,8 @@ def _table(profile: Profile) -> str:
     for name in shown:
         rows = table[table["statistic"] == name]
         cells = zip(rows["center"], rows["ci_low"], rows["ci_high"], rows["interval"] != "none", strict=True)
-        columns[HEADINGS.get(name, name)] = [
+        about = " (geometric mean)" if "log-t" in set(rows["interval"]) else ""
+        columns[HEADINGS.get(name, name) + about] = [
             f"{center:.4f} [{low:.4f}, {high:.4f}]" if known else f"{center:.4f}" for center, low, high, known in cells
         ]
     images = f"{profile.num_images} image{'s' * (profile.num_images != 1)}"
@@ -264,9 +300,17 @@ def _say_skipped(profile: Profile) -> None:
         )
 
 
-def _say_what_is_left(folder: Path) -> None:
-    if (folder / "manifest.json").is_file():
-        click.echo(f"finished shards are in {folder}; vitprobe figures {folder} reads them", err=True)
+def _say_what_is_left(folders: list[Path]) -> None:
+    begun = [str(folder) for folder in folders if (folder / "manifest.json").is_file()]
+    if begun:
+        click.echo(f"finished shards are kept; vitprobe figures {' '.join(begun)} reads them", err=True)
+
+
+def _earlier_figures(folder: Path) -> list[Path]:
+    """The figures that a run left in a folder."""
+    from vitprobe.figures.saving import FORMATS, PAPER_FIGURES
+
+    return [path for stem in PAPER_FIGURES for kind in FORMATS if (path := folder / f"{stem}.{kind}").exists()]
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
-                f"the disk is full, so {path} could not be written; free some space or choose --out"
+                f"the disk is full, so {path} could not be written; free some space or choose another folder (--out)"
             ) from None
-        raise UserError(f"{path} could not be written ({error.strerror or error}); choose another --out") from None
+        raise UserError(
+            f"{path} could not be written ({error.strerror or error}); choose another folder (--out)"
+        ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -194,18 +194,33 @@ def _announced(loader: DataLoader) -> int | None:
         return None
 
 
+def check_groups(groups: object) -> Groups:
+    """The groups that a user gave, if they can be groups at all.
+
+    Raises:
+        UserError: for a string, or what is neither a list (an array, a column of a table) nor a function.
+    """
+    should = "give a list, one group an image, or a function of its name"
+    if isinstance(groups, str):
+        raise UserError(f"groups is one string, {groups!r}: {should}")
+    if groups is None or callable(groups):
+        return groups
+    # a generator is used up after one reading, a set has no order, and a dict would give its keys
+    if isinstance(groups, Mapping | Set) or not hasattr(groups, "__len__") or getattr(groups, "ndim", 1) != 1:
+        raise UserError(f"groups is a {type(groups).__name__}: {should}")
+    return list(groups)  # type: ignore[call-overload]
+
+
 def resolve_groups(names: list[str], groups: Groups) -> list[str]:
     """One group an image, from what the user gave.
 
     Raises:
-        UserError: for a string, or a list of another length.
+        UserError: for a list of another length.
     """
     if groups is None:
         return list(names)
     if callable(groups):
         return [str(groups(name)) for name in names]
-    if isinstance(groups, str):
-        raise UserError(f"groups is one string, {groups!r}: give a list, one group an image, or a function of its name")
     if len(groups) != len(names):
         raise UserError(f"groups has {len(groups)} entries for {len(names)} images: give one an image")
     return [str(group) for group in groups]

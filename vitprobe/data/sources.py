@@ -27,6 +27,7 @@ from vitprobe.data.images import (
     LoaderImages,
     TarImages,
     TensorImages,
+    check_groups,
     printable,
     resolve_groups,
 )
@@ -38,25 +39,27 @@ __all__ = ["EXTENSIONS", "BadImageError", "Images", "LoaderImages", "open_images
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
-def open_images(data: Any = None, *, groups: Groups = None) -> Images:
+def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
     """The images in nearly anything that holds images.
 
     Args:
-        data: None for the packaged sample photographs; a folder (searched with its subfolders), a plain `.tar` or one
-            image file; a list of paths, PIL images or float tensors (3, H, W); a float tensor (n, 3, H, W) or (3, H, W)
-            - tensors are taken as normalised already; a torch DataLoader; or an `Images`.
+        data: None for the packaged sample photographs; a folder (searched with its subfolders, links too, but no
+            folder twice), a plain `.tar` or one image file; a list of paths, PIL images or float tensors (3, H, W); a
+            float tensor (n, 3, H, W) or (3, H, W) - tensors are taken as normalised already; a torch DataLoader; or an
+            `Images`.
         groups: what each image was taken from (crops of one photograph, frames of one film): one entry an image, or a
             function from an image's name. By default each image stands for itself.
 
     Raises:
         UserError: for what is missing, empty, broken or of another kind.
     """
+    groups = check_groups(groups)
     if data is None:
         data = sample_images()
     if isinstance(data, Images):
         return data if groups is None else _regrouped(data, groups)
     if isinstance(data, str | os.PathLike):
-        return _open_path(Path(data).expanduser(), groups)
+        return _open_path(_path(data), groups)
     if isinstance(data, DataLoader):
         return LoaderImages(data, groups)
     if isinstance(data, Tensor):
@@ -72,6 +75,12 @@ def open_images(data: Any = None, *, groups: Groups = None) -> Images:
         f"cannot read images from a {type(data).__name__}: give a folder, a .tar, an image file, a list of paths, "
         f"PIL images or tensors, a float tensor (n, 3, height, width), or a DataLoader"
     )
+
+
+def _path(given: str | os.PathLike) -> Path:
+    if given == "":  # Path would take it for the current folder
+        raise UserError("the path of the images is empty: give a folder, a .tar or an image file")
+    return Path(os.path.expanduser(given))  # noqa: PTH111 - Path's own raises where there is no such user
 
 
 def _open_path(path: Path, groups: Groups) -> Images:
@@ -94,16 +103,42 @@ def _open_path(path: Path, groups: Groups) -> Images:
 
 def _open_folder(folder: Path, groups: Groups) -> Images:
     shown = printable(str(folder))
+    names, repeats = _list_once(folder)
+    if not names:
+        raise UserError(f"{shown} holds no images ({' '.join(EXTENSIONS)}), nor do its subfolders")
     try:
-        reader: Any = create_reader("", root=str(folder), input_key=";".join(EXTENSIONS))
-    except RuntimeError as error:  # timm's word for "found none"
-        raise UserError(f"{shown} holds no images ({' '.join(EXTENSIONS)}), nor do its subfolders") from error
+        if not repeats:  # timm's reader would follow a link that leads back, again and again
+            reader: Any = create_reader("", root=str(folder), input_key=";".join(EXTENSIONS))
+            names = [Path(name).as_posix() for name in reader.filenames()]
+        # timm's order ignores upper and lower case, so names that differ in nothing else come as the disk has them
+        names.sort(key=lambda name: (natural_key(name), name))
     except ValueError as error:  # a name that timm cannot sort
         raise UserError(f"{shown} cannot be listed: {' '.join(str(error).split())}") from error
-    found = [(Path(path).as_posix(), folder / path) for path in reader.filenames()]
-    # timm's order ignores upper and lower case, so names that differ in nothing else come as the disk has them
-    found.sort(key=lambda pair: (natural_key(pair[0]), pair[0]))
-    return FileImages(shown, [path for _, path in found], [name for name, _ in found], groups)
+    return FileImages(shown, [folder / name for name in names], names, groups)
+
+
+def _list_once(folder: Path) -> tuple[list[str], bool]:
+    """The image files below a folder, and whether a link leads to a folder that is listed already, or to one above.
+
+    Such a link is left out: it has no images of its own. Real folders come first, so theirs are the names that stay.
+    """
+    seen = set(folder.resolve().parents)
+    names, repeats = [], False
+    pending = [folder]
+    for start in pending:  # grows by the links found on the way
+        for root, subfolders, files in os.walk(start):  # does not go into links
+            here = Path(root)
+            real = here.resolve()
+            if real in seen:
+                subfolders.clear()
+                repeats = True
+                continue
+            seen.add(real)
+            subfolders.sort()
+            pending += [here / name for name in subfolders if (here / name).is_symlink()]
+            images = [here / name for name in files if Path(name).suffix.lower() in EXTENSIONS]
+            names += [path.relative_to(folder).as_posix() for path in images]
+    return names, repeats
 
 
 def _open_tar(path: Path, groups: Groups) -> Images:
@@ -143,7 +178,7 @@ def _item(item: Any, position: int) -> Path | Image.Image | Tensor:
     if isinstance(item, Image.Image):
         return item
     if isinstance(item, str | os.PathLike):
-        path = Path(item).expanduser()
+        path = _path(item)
         if path.is_dir():
             raise UserError(f"{printable(str(path))} is a folder: a list takes image files; give the folder alone")
         if not path.exists():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -81,16 +81,35 @@ class Curve:
         return bool((self.rows["interval"] == "log-t").any())
 
 
-def as_list(profiles: ProfileLike | Sequence[ProfileLike]) -> list[ProfileLike]:
+Profiles = ProfileLike | Sequence[ProfileLike]
+
+
+def as_list(profiles: Profiles | object) -> list[ProfileLike]:
     """The profiles as a list, one alone too.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or something else.
     """
-    several = [profiles] if isinstance(profiles, ProfileLike) else list(profiles)
+    several = [profiles]
+    if isinstance(profiles, Iterable) and not isinstance(profiles, ProfileLike | str):
+        several = list(profiles)
     if not several:
         raise UserError("there is no profile to draw; give one profile or several (vitprobe.Profile.load reads a run)")
-    return several
+    return [as_profile(profile) for profile in several]
+
+
+def as_profile(given: object) -> ProfileLike:
+    """What was given, if it is a profile.
+
+    Raises:
+        UserError: if it is none.
+    """
+    if not isinstance(given, ProfileLike):
+        raise UserError(
+            f"figures draw profiles (what vitprobe.analyze and vitprobe.Profile.load give), "
+            f"not a {type(given).__name__}"
+        )
+    return given
 
 
 def read_curves(profiles: Sequence[ProfileLike], statistic: str) -> tuple[list[Curve], list[tuple[str, str]]]:

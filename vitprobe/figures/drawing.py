@@ -134,6 +134,8 @@ def _set_limits(ax: Axes, entry: Statistic, curves: Sequence[Curve], maxima: dic
     top = max(top, lowest + 1.05 * (ax.dataLim.y1 - lowest))  # matplotlib's own margin is nothing over a level line
     if maxima:
         top = max(maxima) + 0.1 * (max(maxima) - lowest)  # room for the words over the line
+    if top <= lowest:  # a single patch, where every entropy and distance is 0
+        top = lowest + 1.0
     ax.set_ylim(lowest, top)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 
 from vitprobe.errors import UserError
-from vitprobe.figures.curves import ProfileLike
+from vitprobe.figures.curves import ProfileLike, as_profile
 from vitprobe.figures.style import LABEL_SIZE, new_axes, style
 from vitprobe.statistics import select
 
 
-def heads(profile: ProfileLike, name: str = "cls_self_attention", *, ax: Axes | None = None) -> Axes:
+def heads(profile: ProfileLike | object, name: str = "cls_self_attention", *, ax: Axes | None = None) -> Axes:
     """Draw the mean of one statistic for every block (column) and head (row), and give the axes (never shown).
 
     Colour runs from the statistic's lower bound to the largest value drawn; the colour bar says which.
@@ -22,10 +22,11 @@ def heads(profile: ProfileLike, name: str = "cls_self_attention", *, ax: Axes | 
 
     Raises:
         UserError: for an unknown statistic (with the nearest), one that the model does not have (with the reason), or
-            one with a single value a block.
+            one with a single value a block; or for what is no profile.
     """
     import seaborn  # takes a second to import, and only this figure needs it
 
+    profile = as_profile(profile)
     entry = select([name])[0]
     if not entry.per_head:
         raise UserError(f"{name} has one value a block, not one a head; draw it with figures.statistic")

@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from matplotlib.axes import Axes
 
 from vitprobe.errors import UserError
-from vitprobe.figures.curves import ProfileLike, as_list, read_curves
+from vitprobe.figures.curves import Profiles, as_list, read_curves
 from vitprobe.figures.drawing import draw
 from vitprobe.figures.style import new_axes, style
 from vitprobe.statistics import select
 
-Profiles = ProfileLike | Sequence[ProfileLike]
 ErrorBar = tuple[str, float | int]
 
 INTERVAL: ErrorBar = ("ci", 95)
 
 
 def cls_self_attention(
-    profiles: Profiles, *, ax: Axes | None = None, errorbar: ErrorBar | None = INTERVAL, heads: bool = False
+    profiles: Profiles | object, *, ax: Axes | None = None, errorbar: ErrorBar | None = INTERVAL, heads: bool = False
 ) -> Axes:
     """Figure 3 of the paper: the share of its attention that [cls] gives to itself, per block; as `statistic`."""
     return statistic(profiles, "cls_self_attention", ax=ax, errorbar=errorbar, heads=heads)
 
 
 def cls_entropy(
-    profiles: Profiles, *, ax: Axes | None = None, errorbar: ErrorBar | None = INTERVAL, heads: bool = False
+    profiles: Profiles | object, *, ax: Axes | None = None, errorbar: ErrorBar | None = INTERVAL, heads: bool = False
 ) -> Axes:
     """Figure 4 of the paper: entropy in nats of the [cls] attention over patches, per block; as `statistic`."""
     return statistic(profiles, "cls_entropy", ax=ax, errorbar=errorbar, heads=heads)
 
 
 def patch_self_attention(
-    profiles: Profiles, *, ax: Axes | None = None, errorbar: ErrorBar | None = INTERVAL, heads: bool = False
+    profiles: Profiles | object, *, ax: Axes | None = None, errorbar: ErrorBar | None = INTERVAL, heads: bool = False
 ) -> Axes:
     """Figure 5 of the paper: patches' attention to themselves over that to all patches, per block; as `statistic`."""
     return statistic(profiles, "patch_self_attention_ratio", ax=ax, errorbar=errorbar, heads=heads)
 
 
 def statistic(
-    profiles: Profiles,
+    profiles: Profiles | object,
     name: str,
     *,
     ax: Axes | None = None,
@@ -62,8 +59,8 @@ def statistic(
         heads: whether to add a thin line a head.
 
     Raises:
-        UserError: for an unknown statistic (with the nearest), another `errorbar`, no profile, or a statistic that
-            no model has (with the reasons).
+        UserError: for an unknown statistic (with the nearest), another `errorbar`, what is no profile, or a statistic
+            that no model has (with the reasons).
     """
     if errorbar is not None and tuple(errorbar) != INTERVAL:
         raise UserError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -11,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vitprobe.errors import UserError
-from vitprobe.figures.curves import ProfileLike, as_list, read_curves
+from vitprobe.figures.curves import Profiles, as_list, read_curves
 from vitprobe.figures.drawing import draw
 from vitprobe.figures.style import plain_axes, style
+from vitprobe.files import disk_errors, write_atomically
 from vitprobe.statistics import STATISTICS
 
 # Format → its metadata: no date of creation, so that the same figure is the same file.
@@ -32,18 +31,21 @@ def save_figure(ax_or_figure: Axes | Figure, stem: str | Path) -> list[Path]:
     Each file appears whole or not at all, and the same figure gives the same bytes.
 
     Raises:
-        UserError: if a file cannot be written (a full disk, no permission).
+        UserError: if a file cannot be written (a full disk, no permission, a file where a folder should be).
     """
     figure = ax_or_figure.figure if isinstance(ax_or_figure, Axes) else ax_or_figure
     figure = figure.canvas.figure  # of a subfigure: the whole figure
     stem = Path(stem)
+    if not stem.name:
+        raise UserError(f"'{stem}' names no file; give a folder and the file's name without its ending")
+    _check_folder(stem.parent)
     contents = {stem.with_name(f"{stem.name}.{kind}"): _render(figure, kind) for kind in FORMATS}
     for path, content in contents.items():
-        _write(path, content)
+        write_atomically(path, content)
     return list(contents)
 
 
-def save_paper_figures(profiles: ProfileLike | Sequence[ProfileLike], out: str | Path) -> list[Path]:
+def save_paper_figures(profiles: Profiles | object, out: str | Path) -> list[Path]:
     """Write Figures 3, 4 and 5 of the paper (arXiv 2412.03215) for these profiles into the folder `out` (it is made).
 
     Gives the paths written. A figure that none of the models has (Figures 3 and 4 without a [cls] token) is left out.
@@ -51,10 +53,11 @@ def save_paper_figures(profiles: ProfileLike | Sequence[ProfileLike], out: str |
     Raises:
         UserError: if there is no profile, or a file cannot be written.
     """
-    profiles = as_list(profiles)
+    several = as_list(profiles)
+    _check_folder(Path(out))  # before the drawing, which takes a second
     written = []
     for stem, name in PAPER_FIGURES.items():
-        curves, missing = read_curves(profiles, name)
+        curves, missing = read_curves(several, name)
         if curves:
             with style():
                 ax = plain_axes()
@@ -72,16 +75,9 @@ def _render(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write the file under another name in its folder first, then rename it: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise UserError(f"cannot write {path}: {reason}; make room there or give another folder") from error
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made, as it or one above it is a file."""
+    with disk_errors(folder):
+        for path in (folder, *folder.parents):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path} is a file; give a folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -33,16 +34,17 @@ def capture(
     weights before dropout, detached. On leaving, the model is as it was, also when the body raised.
 
     Args:
-        model: a Vision Transformer: what `load_model` gave, or a bare `nn.Module`.
+        model: a Vision Transformer: what `load_model` gave, or a bare `nn.Module`, compiled or not.
         keep: "qk" holds queries and keys, for maps and statistics; "statistics" holds the numbers alone, O(B·H) a
             block.
         statistics: the names to compute; all of them without.
         accumulate: append each batch to the ones before; otherwise a new forward pass replaces the last one's.
 
     Raises:
-        AttentionNotSeenError: for a model without transformer blocks or patch embedding, and during a forward pass
-            for a block whose attention cannot be seen. Never is the result silently empty.
-        UserError: for an unknown `keep` or statistic, or for what is no model.
+        AttentionNotSeenError: for a model without transformer blocks or patch embedding, or inside a wrapper that
+            runs copies of it (DataParallel and its like), and during a forward pass for a block whose attention cannot
+            be seen. Never is the result silently empty.
+        UserError: for an unknown `keep` or statistic, for no statistic at all, or for what is no model.
     """
     if keep not in ("qk", "statistics"):
         raise UserError(
@@ -53,6 +55,13 @@ def capture(
         raise UserError(
             f"capture takes a model (what load_model returns, or a torch.nn.Module), not a {type(model).__name__}"
         )
+    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper calls the model that it was made from
+    wraps = isinstance(getattr(module, "module", None), nn.Module)
+    if wraps and not hasattr(module, "blocks") and not hasattr(module, "encoder"):
+        raise AttentionNotSeenError(
+            f"{type(module).__name__} wraps the model and may run copies of it, whose attention cannot be seen; pass "
+            f"model.module, and call that inside the capture"
+        )
     select(statistics)
     return Capture(module, keep, statistics, accumulate)
 
@@ -61,7 +70,7 @@ class Capture:
     """What `capture` yields: one `AttentionView` a block by index, and the statistics of all blocks.
 
     Attributes:
-        module: the model.
+        module: the model; of a compiled one, what it was compiled from.
         keep: "qk" or "statistics".
         layout: the token layout of the last images; None before them.
         pooling_attention: with keep="qk", the attention calls of a forward pass outside its blocks: the pooling of
@@ -243,18 +252,25 @@ class Capture:
         """Blocks of the model."""
         return len(self._blocks)
 
-    def __getitem__(self, block: int) -> AttentionView:
+    def __getitem__(self, block: int | object) -> AttentionView:
         """The view of one block (negative counts from the last), of all batches kept.
 
         Raises:
-            UserError: before a forward pass, with keep="statistics", for a block that the model does not have, or
-                where batches of different grids were accumulated.
+            UserError: before a forward pass, with keep="statistics", for what is no block of the model, or where
+                batches of different grids were accumulated.
         """
-        if not -len(self) <= block < len(self):
-            raise UserError(f"{self._model_name} has blocks 0 to {len(self) - 1}, not {block}; choose one of these")
+        try:
+            index = operator.index(block)  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(
+                f"a block is an integer from 0 to {len(self) - 1}, not a {type(block).__name__}; "
+                f"take several one by one"
+            ) from None
+        if not -len(self) <= index < len(self):
+            raise UserError(f"{self._model_name} has blocks 0 to {len(self) - 1}, not {index}; choose one of these")
         if self.keep == "statistics":
             raise UserError("capture(keep='statistics') holds no queries and keys; use capture(keep='qk') for maps")
-        return concatenate_views(self._kept(self._views[block]))
+        return concatenate_views(self._kept(self._views[index]))
 
     def __iter__(self) -> Iterator[AttentionView]:
         """The blocks' views, from the first block on."""
@@ -267,7 +283,8 @@ class Capture:
         in `.undefined`.
 
         Raises:
-            UserError: before a forward pass, for an unknown name, or one that this capture was not asked for.
+            UserError: before a forward pass, for an unknown name, or one that this capture was not asked for, or
+                where none of the names is defined for this model (with the reasons).
         """
         wanted = [statistic.name for statistic in select(self._names if names is None else names)]
         for name in wanted:
@@ -279,6 +296,9 @@ class Capture:
             blocks = [[compute_statistics(view, wanted) for view in self._kept(views)] for views in self._views]
         else:
             blocks = [self._kept(values) for values in self._values]
+        if all(name in self.undefined for name in wanted):
+            reasons = "; ".join(f"{name} {self.undefined[name]}" for name in wanted)
+            raise UserError(f"{self._model_name} has none of the statistics asked for: {reasons}")
         return {
             name: torch.stack([torch.cat([batch[name] for batch in batches]) for batches in blocks], dim=1)
             for name in wanted

@@ -57,7 +57,7 @@ def outline(architecture: str, *, img_size: ImageSize = None, **options: Any) ->
 
 
 def build(architecture: str, *, img_size: ImageSize = None, **options: Any) -> nn.Module:
-    """A Vision Transformer with random weights (or, with `pretrained=True` among the options, timm's).
+    """A Vision Transformer with random weights.
 
     Args:
         architecture: from `architecture_of`.
@@ -104,9 +104,16 @@ def _create_bundled(
     return module
 
 
-def pair(img_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Height and width of an image size."""
-    return (img_size, img_size) if isinstance(img_size, int) else img_size
+def pair(img_size: Any) -> tuple[int, int]:
+    """Height and width of an image size, a side or (height, width).
+
+    Raises:
+        UserError: for anything that is not whole numbers of pixels.
+    """
+    size = img_size if isinstance(img_size, tuple) else (img_size, img_size)
+    if len(size) != 2 or any(not isinstance(side, int) or isinstance(side, bool) for side in size):
+        raise UserError(f"img_size is one side in whole pixels (224) or (height, width), not {img_size!r}")
+    return size
 
 
 def require_size(module: nn.Module, layout: TokenLayout, img_size: tuple[int, int] | None, name: str) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ _HOLDERS = (
     *("model", "state_dict", "teacher", "student", "model_state", "model_state_dict", "model_ema", "state_dict_ema"),
     *("module", "net", "network", "target_encoder", "encoder", "backbone", "ema"),
 )
+# Where timm looks first in what it downloads: averaged weights, and of I-JEPA the context encoder.
+_TIMMS_HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model", "encoder")
 # Parts of key prefixes that wrappers put before a Vision Transformer's own names, the likeliest first.
 _WRAPPERS = (
     *("module", "_orig_mod", "model", "teacher", "target_encoder", "base_encoder", "encoder", "student", "backbone"),
@@ -33,34 +36,49 @@ _LEFTOVERS = (
     *("mask_token", "predictor.", "pred_head.", "lm_head.", "relative_position_index"),
     "rel_pos_bias.relative_position_index",
 )
-_HEADS = ("head.", "head_dist.", "classifier.", "fc.")
+_HEADS = ("head.", "head_dist.", "classifier.", "fc.", "attn_pool.")
+_OTHER_ARCHITECTURE = "give the architecture it was trained with (--arch NAME)"
+_DOWNLOAD_AGAIN = "delete it to download it again"
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path, *, first: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The weights in a checkpoint file, by name: safetensors, or what `torch.save` wrote (also before torch 1.6).
 
     Nothing in the file is ever run or imported. A training checkpoint may hold the weights under "model",
     "state_dict", "teacher" and the like; its other content is left unread.
+
+    Args:
+        path: the file.
+        first: names to look under before those.
 
     Raises:
         UserError: for a file that is missing, no checkpoint, damaged, or holds no weights.
     """
     path = Path(path)
     try:
-        if not path.exists():
-            raise UserError(f"there is no checkpoint file {path}")
-        if not path.is_file():
-            raise UserError(f"{path} is not a file: give a checkpoint (.safetensors, .pth, .pt, .bin)")
+        require_file(path)
         with path.open("rb") as file:
             head = file.read(64)
-        return _read(path, head)
+        return _read(path, head, (*first, *_HOLDERS))
     except BadFileError as error:
         raise UserError(f"{path} {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _read(path: Path, head: bytes) -> dict[str, Tensor]:
+def require_file(path: Path) -> None:
+    """Returns where a path is a file's.
+
+    Raises:
+        UserError: where it is a folder's or nothing is there.
+    """
+    if not path.exists():
+        raise UserError(f"there is no checkpoint file {path}")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: give a checkpoint (.safetensors, .pth, .pt, .bin)")
+
+
+def _read(path: Path, head: bytes, holders: tuple[str, ...]) -> dict[str, Tensor]:
     if head.startswith(ZIP_MAGIC):
         saved = read_zip(path)
     elif LEGACY_MAGIC in head[:32]:
@@ -80,7 +98,7 @@ def _read(path: Path, head: bytes) -> dict[str, Tensor]:
         raise BadFileError(
             f"holds a whole pickled object ({name}), which is code to run: save its state_dict() instead"
         )
-    return saved.tensors(_find_records(saved.content))
+    return saved.tensors(_find_records(saved.content, holders))
 
 
 def _what_instead(head: bytes) -> str:
@@ -96,19 +114,19 @@ def _what_instead(head: bytes) -> str:
     return "is no checkpoint: neither safetensors nor a file that torch.save wrote"
 
 
-def _find_records(content: Any, depth: int = 3) -> dict[str, TensorRecord]:
+def _find_records(content: Any, likely: tuple[str, ...], depth: int = 3) -> dict[str, TensorRecord]:
     """The weights in a checkpoint's content: at the top, or under a known name, or under the only name that has any."""
     if not isinstance(content, dict):
         kind = "single tensor" if isinstance(content, TensorRecord) else type(content).__name__
         raise BadFileError(f"holds no weights by name but a {kind}")
-    holders = [name for name in _HOLDERS if _holds_weights(content.get(name), depth - 1)]
+    holders = [name for name in likely if _holds_weights(content.get(name), depth - 1)]
     records = {name: value for name, value in content.items() if _is_weight(name, value)}
     if not holders and not records:
         holders = [name for name, value in content.items() if _holds_weights(value, depth - 1)]
         if len(holders) > 1:
             raise BadFileError(f"holds several sets of weights ({_some(holders)}): save the one to use in a file alone")
     if holders:
-        return _find_records(content[holders[0]], depth - 1)
+        return _find_records(content[holders[0]], likely, depth - 1)
     if not records:
         raise BadFileError(f"holds no weights{': only ' + _some(map(str, content)) if content else ''}")
     return records
@@ -155,16 +173,38 @@ def strip_prefix(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Te
     return state
 
 
-def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+def load_downloaded(module: nn.Module, path: Path) -> None:
+    """Loads a file that was downloaded for timm's own config of a model: by timm's rules, but no code in it runs.
+
+    Where that config counts other classes than the model has, the model keeps its own classifier.
+
+    Raises:
+        UserError: for a file that is damaged or does not fit.
+    """
+    try:
+        state = read_checkpoint(path, first=_TIMMS_HOLDERS)
+    except UserError as error:
+        raise UserError(f"{error}; {_DOWNLOAD_AGAIN}") from error
+    target = module.state_dict()
+    config: Any = module.pretrained_cfg
+    if getattr(module, "num_classes", config["num_classes"]) != config["num_classes"]:
+        heads = tuple(f"{name}." for name in _classifiers(module))
+        state = {name: value for name, value in strip_prefix(state, target).items() if not name.startswith(heads)}
+        state |= {name: value for name, value in target.items() if name.startswith(heads)}
+    load_into(module, state, source=str(path), hint=_DOWNLOAD_AGAIN)
+
+
+def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str, hint: str = _OTHER_ARCHITECTURE) -> None:
     """Loads weights into a model: the architecture's own translation in timm first, then every name must fit.
 
-    Dropped are a wrapper's prefix, what pre-training leaves behind (mask token, decoder), and a classifier where the
-    model has none. Position embeddings are resampled to the model's grid.
+    Dropped are a wrapper's prefix, what pre-training leaves behind (mask token, decoder), and a classifier or attention
+    pooling where the model has none. Position embeddings are resampled to the model's grid.
 
     Args:
         module: the model; changed only if everything fits.
         state: the weights by name, from `read_checkpoint`.
         source: what the message calls them.
+        hint: what the message says to do.
 
     Raises:
         UserError: where names are missing or unexpected, or shapes differ; names the first three of each.
@@ -175,7 +215,7 @@ def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str) -> No
         # With the decoder beside it a mask token is MAE's; timm would take the checkpoint for one of DINOv2.
         state = {name: value for name, value in state.items() if name != "mask_token"}
     state = {name: value for name, value in state.items() if not name.startswith("decoder") or name in target}
-    _require_patch_size(state, target, module, source)
+    _require_patch_size(state, target, module, source, hint)
 
     try:
         translated = dict(_translation(module, state)(dict(state), module))
@@ -202,7 +242,7 @@ def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str) -> No
     if faults or trouble:
         raise UserError(
             f"{source} does not fit {_architecture(module)}: {'; '.join(faults) or 'it cannot be translated'}{trouble}"
-            f" - give the architecture it was trained with (--arch NAME)"
+            f" - {hint}"
         )
     module.load_state_dict(translated)
 
@@ -210,10 +250,8 @@ def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str) -> No
 def classifier_size(state: dict[str, Tensor], module: nn.Module) -> int:
     """Classes of the linear classifier in weights for a model like `module`; 0 where there is none that fits."""
     state = strip_prefix(state, module.state_dict())
-    config = getattr(module, "pretrained_cfg", None) or {}
-    names = config.get("classifier") or "head"
     sizes = set()
-    for name in (names,) if isinstance(names, str) else names:
+    for name in _classifiers(module):
         weight, bias = state.get(f"{name}.weight"), state.get(f"{name}.bias")
         if weight is None or bias is None or weight.ndim != 2:
             return 0
@@ -223,23 +261,43 @@ def classifier_size(state: dict[str, Tensor], module: nn.Module) -> int:
     return sizes.pop() if len(sizes) == 1 else 0
 
 
+def _classifiers(module: nn.Module) -> tuple[str, ...]:
+    """Names of a model's linear classifiers."""
+    names = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def _translation(module: nn.Module, state: dict[str, Tensor]) -> Callable[..., Any]:
-    """timm's `checkpoint_filter_fn` for a model's class, or none."""
-    for kind in type(module).__mro__:
-        home = sys.modules.get(kind.__module__)
-        part = "classifier" if kind.__name__.endswith("Classifier") else "encoder"
+    """timm's `checkpoint_filter_fn` for an architecture or, where timm does not have it, for the class; or none."""
+    architecture = _architecture(module)
+    homes = [kind.__module__ for kind in type(module).__mro__]
+    if timm.is_model(architecture):
+        homes.insert(0, timm.model_entrypoint(architecture).__module__)
+    part = "classifier" if type(module).__name__.endswith("Classifier") else "encoder"
+    for home in homes:
         for name in ("checkpoint_filter_fn", f"checkpoint_filter_fn_{part}"):
-            function = getattr(home, name, None)
-            if function is None:
-                continue
-            # DeiT III writes LayerScale as gamma_1; timm's own models ask for this translation one by one.
-            if "adapt_layer_scale" in inspect.signature(function).parameters and any(".gamma_" in key for key in state):
-                return partial(function, adapt_layer_scale=True)
-            return function
+            function = getattr(sys.modules.get(home), name, None)
+            if function is not None:
+                return partial(function, **_options(function, architecture, state))
     return lambda state, module: state
 
 
-def _require_patch_size(state: dict[str, Tensor], target: dict[str, Tensor], module: nn.Module, source: str) -> None:
+def _options(function: Callable[..., Any], architecture: str, state: dict[str, Tensor]) -> dict[str, Any]:
+    """What timm's own models ask of their translation one by one."""
+    known = inspect.signature(function).parameters
+    options: dict[str, Any] = {}
+    if "adapt_layer_scale" in known and any(".gamma_" in name for name in state):  # DeiT III's LayerScale
+        options["adapt_layer_scale"] = True
+    if "interpolation" in known and ("flexi" in architecture or "radio" in architecture):
+        options |= {"interpolation": "bilinear", "antialias": False}
+    if "align_corners" in known and architecture.endswith(("base_patch16_radio_v3", "huge_patch16_radio_v3")):
+        options["align_corners"] = True
+    return options
+
+
+def _require_patch_size(
+    state: dict[str, Tensor], target: dict[str, Tensor], module: nn.Module, source: str, hint: str
+) -> None:
     """timm would resample another patch size's weights without a word, and the result is another model."""
     name = "patch_embed.proj.weight"
     if name in state and name in target and state[name].ndim == target[name].ndim == 4:
@@ -247,8 +305,7 @@ def _require_patch_size(state: dict[str, Tensor], target: dict[str, Tensor], mod
         if found != wanted:
             raise UserError(
                 f"{source} does not fit {_architecture(module)}: its patches are {found[0]}×{found[1]} pixels, "
-                f"the architecture's {wanted[0]}×{wanted[1]} ({name}) - give the architecture it was trained with "
-                f"(--arch NAME)"
+                f"the architecture's {wanted[0]}×{wanted[1]} ({name}) - {hint}"
             )
 
 

@@ -79,12 +79,35 @@ def require_weights(spec: ModelSpec) -> None:
     Raises:
         UserError: for weights that are neither cached nor to be had.
     """
-    if is_downloaded(spec):
-        return
     if spec.source in ADDRESSES:
-        _require_answer(ADDRESSES[spec.source], spec.name)
+        require_address(ADDRESSES[spec.source], spec.name)
     elif repository := hub_repository(spec.source):
-        _require_hub(repository)
+        require_hub(repository)
+
+
+def require_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path | None:
+    """The first of `filenames` that is cached, at once; otherwise None, after one answer from the hub.
+
+    Raises:
+        UserError: where they are not cached and the hub does not answer.
+    """
+    cached = cached_weights(repository, filenames)
+    if cached is None:
+        _require_online(repository)
+    return cached
+
+
+def require_address(address: str, name: str) -> Path | None:
+    """The cached file of a plain address, at once; otherwise None, after one answer from there.
+
+    Raises:
+        UserError: where it is not cached and the address does not answer.
+    """
+    path = address_path(address)
+    if path.is_file():
+        return path
+    _require_answer(address, name)
+    return None
 
 
 def fetch_from_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path:
@@ -93,10 +116,9 @@ def fetch_from_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -
     Raises:
         UserError: where it cannot be had: no network, no such repository, gated, or a download that breaks off.
     """
-    cached = cached_weights(repository, filenames)
+    cached = require_hub(repository, filenames)
     if cached is not None:
         return cached
-    _require_hub(repository)
 
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -137,13 +159,13 @@ def fetch_from_address(address: str, name: str) -> Path:
     Raises:
         UserError: where it cannot be had.
     """
-    path = address_path(address)
-    if path.is_file():
-        return path
-    _require_answer(address, name)
+    cached = require_address(address, name)
+    if cached is not None:
+        return cached
 
     from torch.hub import download_url_to_file
 
+    path = address_path(address)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         download_url_to_file(address, str(path))  # to a temporary name first: a broken download leaves nothing
@@ -158,7 +180,7 @@ def _endpoint() -> str:
     return constants.ENDPOINT
 
 
-def _require_hub(repository: str) -> None:
+def _require_online(repository: str) -> None:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.data.transforms import ImageTransform, model_transform
-from vitprobe.errors import UserError
+from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.models.building import ImageSize, architecture_of, build, outline, pair, require_size, spec_of
-from vitprobe.models.checkpoints import classifier_size, load_into, read_checkpoint, strip_prefix
+from vitprobe.models.checkpoints import (
+    classifier_size,
+    load_downloaded,
+    load_into,
+    read_checkpoint,
+    require_file,
+    strip_prefix,
+)
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, BUNDLED_CLASSES, ModelSpec
-from vitprobe.models.hub import WEIGHT_FILES, fetch_from_address, fetch_from_hub, hub_repository
+from vitprobe.models.hub import (
+    WEIGHT_FILES,
+    fetch_from_address,
+    fetch_from_hub,
+    hub_repository,
+    require_address,
+    require_hub,
+)
 from vitprobe.models.registry import all_specs, find_spec
 from vitprobe.models.tokens import TokenLayout, default_image_size, find_trunk, token_layout
 
@@ -71,30 +86,16 @@ def load_model(
             image size that the model cannot take, or options that contradict each other.
         AttentionNotSeenError: for a model whose attention cannot be captured.
     """
+    if img_size is not None:
+        pair(img_size)
     if isinstance(name, LoadedModel | nn.Module):
         if checkpoint is not None or arch is not None or not pretrained:
             raise UserError("checkpoint, arch and pretrained are for models by name: this one is built already")
         return _wrap(name, img_size)
-    if isinstance(name, Path) or _looks_like_file(name):
-        if checkpoint is not None:
-            raise UserError(f"{name} and {checkpoint} are both files: give one, and its architecture (--arch NAME)")
-        if not Path(name).exists():
-            raise UserError(f"there is no checkpoint file {name}")
-        if not arch:
-            raise UserError(
-                f"{name} needs the name of its architecture: --arch with an alias (mae_vit_b) or a timm name "
-                f"(vit_base_patch16_224)"
-            )
-        checkpoint, name = name, arch
-    if checkpoint is not None:
-        if not pretrained:
-            raise UserError(f"random weights (pretrained=False) and those of {checkpoint} exclude each other")
+    name, path, arch = _sort_out(name, checkpoint, arch, pretrained)
+    if path is not None:
         # "This alias, from this file" says what the weights are; --arch says only how they are laid out.
-        return _load_file(Path(checkpoint), arch or name, None if arch else find_spec(name), img_size)
-    if arch is not None:
-        raise UserError(
-            f"arch is for a checkpoint file: leave it out, or give the weights of {name} with --checkpoint FILE"
-        )
+        return _load_file(path, arch or name, None if arch else find_spec(name), img_size)
     if name.startswith(_HUB_PREFIXES):
         return _load_from_hub(name.partition(":")[2], img_size, pretrained)
     architecture = architecture_of(name)
@@ -103,14 +104,37 @@ def load_model(
     return _load_from_timm(name, architecture, img_size, pretrained)
 
 
-def require_known(name: str) -> None:
-    """Returns where a name means something to `load_model`; loads nothing.
+def require_loadable(
+    name: str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    arch: str | None = None,
+    img_size: ImageSize = None,
+) -> None:
+    """Returns where nothing that can be known without the weights keeps `load_model` from loading a model.
 
-    Raises:
-        UserError: for an unknown name, with the nearest ones.
+    Args and Raises: as `load_model`. Weights that are not here are not downloaded, but asked for: their place answers.
     """
-    if not name.startswith(_HUB_PREFIXES) and not _looks_like_file(name):
-        architecture_of(name)
+    if img_size is not None:
+        pair(img_size)
+    name, path, arch = _sort_out(name, checkpoint, arch, pretrained=True)
+    if path is not None:
+        outline(architecture_of(arch or name), img_size=img_size, num_classes=0)
+    elif name.startswith(_HUB_PREFIXES):
+        repository = name.partition(":")[2]
+        folder, config = _hub_config(repository)
+        _built_by_hub(repository, outline, folder, img_size)
+        require_hub(repository, _hub_weights(config))
+    elif (architecture := architecture_of(name)) in BUNDLED_ARCHITECTURES:
+        _bundled_spec(name)
+        outline(architecture, img_size=img_size)
+    else:
+        config = _timm_config(name, architecture)
+        outline(architecture, img_size=img_size)
+        if config.hf_hub_id:
+            require_hub(config.hf_hub_id, _timm_files(config))
+        else:
+            require_address(str(config.url), name)
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -123,6 +147,34 @@ def weights_sha256(module: nn.Module) -> str:
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _sort_out(
+    name: object, checkpoint: str | Path | None, arch: str | None, pretrained: bool
+) -> tuple[str, Path | None, str | None]:
+    """The name of a model, the file of its weights or None, and the architecture in it where one was given."""
+    if not isinstance(name, str | Path):
+        raise UserError(f"a model is a name, a checkpoint file, an nn.Module or a LoadedModel, not {name!r}")
+    if isinstance(name, Path) or _looks_like_file(name):
+        if checkpoint is not None:
+            raise UserError(f"{name} and {checkpoint} are both files: give one, and its architecture (--arch NAME)")
+        require_file(Path(name))
+        if not arch:
+            raise UserError(
+                f"{name} needs the name of its architecture: --arch with an alias (mae_vit_b) or a timm name "
+                f"(vit_base_patch16_224)"
+            )
+        checkpoint, name = name, arch
+    if checkpoint is None:
+        if arch is not None:
+            raise UserError(
+                f"arch is for a checkpoint file: leave it out, or give the weights of {name} with --checkpoint FILE"
+            )
+        return name, None, None
+    if not pretrained:
+        raise UserError(f"random weights (pretrained=False) and those of {checkpoint} exclude each other")
+    require_file(Path(checkpoint))
+    return name, Path(checkpoint), arch
 
 
 def _looks_like_file(name: str) -> bool:
@@ -143,11 +195,10 @@ def _looks_like_file(name: str) -> bool:
 def _wrap(model: nn.Module | LoadedModel, img_size: ImageSize) -> LoadedModel:
     """A module that is built already, for its own image size or, where it takes any, for another."""
     loaded = model if isinstance(model, LoadedModel) else None
-    module = model if isinstance(model, nn.Module) else model.module
+    module = _unwrapped(model) if isinstance(model, nn.Module) else model.module
     size = None if img_size is None else pair(img_size)
     if loaded is not None and (size is None or size == loaded.transform.size):
         return loaded
-    find_trunk(module)
     spec = loaded.spec if loaded else spec_of(module, "", "module")
     if size is not None and size != default_image_size(module):
         require_size(module, token_layout(module), size, spec.name)
@@ -161,16 +212,33 @@ def _wrap(model: nn.Module | LoadedModel, img_size: ImageSize) -> LoadedModel:
     return _finish(module, spec, size)
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was given, for its own forward pass is the same; otherwise the module itself."""
+    module = getattr(module, "_orig_mod", module)
+    try:
+        find_trunk(module)
+    except AttentionNotSeenError as error:
+        if isinstance(getattr(module, "module", None), nn.Module):
+            raise UserError(f"{type(module).__name__} only wraps a model: pass its .module instead") from error
+        raise
+    return module
+
+
 def _load_bundled(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
-    spec = find_spec(name)
-    if spec is None:
-        raise UserError(f"{name} is an architecture without weights: use it as --arch for a checkpoint file")
+    spec = _bundled_spec(name)
     module = build(architecture, img_size=img_size, num_classes=BUNDLED_CLASSES[spec.name])
     if not pretrained:
         return _finish(module.eval(), _random(spec), img_size)
     path = BUNDLED_FOLDER / f"{spec.name}.safetensors"
     load_into(module, read_checkpoint(path), source=str(path))
     return _finish(module.eval(), spec, img_size)
+
+
+def _bundled_spec(name: str) -> ModelSpec:
+    spec = find_spec(name)
+    if spec is None:
+        raise UserError(f"{name} is an architecture without weights: use it as --arch for a checkpoint file")
+    return spec
 
 
 def _load_file(path: Path, arch: str, spec: ModelSpec | None, img_size: ImageSize) -> LoadedModel:
@@ -196,66 +264,83 @@ def _load_from_timm(name: str, architecture: str, img_size: ImageSize, pretraine
     if not pretrained:
         module = build(architecture, img_size=img_size)
         return _finish(module.eval(), _random(spec or spec_of(module, name, "random")), img_size)
+    config = _timm_config(name, architecture)
+    outline(architecture, img_size=img_size)  # before the download
+    if config.hf_hub_id:
+        path = fetch_from_hub(config.hf_hub_id, _timm_files(config))
+    else:
+        path = fetch_from_address(str(config.url), name)
+    module = build(architecture, img_size=img_size)
+    load_downloaded(module, path)
+    return _finish(module.eval(), spec or spec_of(module, name, f"timm:{tagged}"), img_size)
+
+
+def _timm_config(name: str, architecture: str) -> Any:
+    """timm's config of weights that it has."""
+    config = timm.get_pretrained_cfg(architecture)
     if config is None or not (config.hf_hub_id or config.url):
         raise UserError(f"timm has no weights for {name}: give some with --checkpoint FILE --arch {name}")
-    outline(architecture, img_size=img_size)
-    if config.hf_hub_id:
-        files = (config.hf_hub_filename,) if config.hf_hub_filename else WEIGHT_FILES
-        # As a file it needs no request to the hub, which timm's own route sends even for cached weights.
-        overlay = {"file": str(fetch_from_hub(config.hf_hub_id, files)), "custom_load": False}
-    else:
-        overlay = {"file": str(fetch_from_address(str(config.url), name))}
-    module = _build_pretrained(architecture, img_size, overlay["file"], pretrained_cfg_overlay=overlay)
-    return _finish(module.eval(), spec or spec_of(module, name, f"timm:{tagged}"), img_size)
+    return config
+
+
+def _timm_files(config: Any) -> tuple[str, ...]:
+    return (config.hf_hub_filename,) if config.hf_hub_filename else WEIGHT_FILES
 
 
 def _load_from_hub(repository: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
     """A repository of the Hugging Face hub that timm wrote."""
-    config_path = fetch_from_hub(repository, ("config.json",))
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        architecture = config["architecture"]
-        known = timm.is_model(architecture)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        known, config, architecture = False, {}, ""
-    if not known:
-        raise UserError(
-            f"hf-hub:{repository} holds no model of timm's: its config.json names no architecture that timm has"
-        )
-    folder = config_path.parent
+    folder, config = _hub_config(repository)
+    weights = None
     if pretrained:
-        details = config.get("pretrained_cfg")
-        filename = details.get("hf_hub_filename") if isinstance(details, dict) else None
-        weights = fetch_from_hub(repository, (filename,) if filename else WEIGHT_FILES)
-        folder = weights.parent
+        _built_by_hub(repository, outline, folder, img_size)  # before the download
+        weights = fetch_from_hub(repository, _hub_weights(config))
         # The cache may have held the config of an older commit: take the one beside the weights.
-        fetch_from_hub(f"{repository.partition('@')[0]}@{folder.name}", ("config.json",))
-    module = _build_pretrained(f"local-dir:{folder}", img_size, str(folder), pretrained=pretrained)
+        folder, config = _hub_config(f"{repository.partition('@')[0]}@{weights.parent.name}")
+    module = _built_by_hub(repository, build, folder, img_size)
+    if weights is not None:
+        load_downloaded(module, weights)
     # The cache's folder is named by commit; the model is known by its repository.
     name = repository.partition("@")[0].rpartition("/")[2]
     spec = next(
         (
             known
             for known in all_specs()
-            if known.architecture == architecture and hub_repository(known.source) == repository
+            if known.architecture == config["architecture"] and hub_repository(known.source) == repository
         ),
         None,
     ) or spec_of(module, name, f"hf-hub:{repository}")
     return _finish(module.eval(), spec if pretrained else _random(spec), img_size)
 
 
-def _build_pretrained(
-    architecture: str, img_size: ImageSize, place: str, pretrained: bool = True, **options: Any
-) -> nn.Module:
+def _hub_config(repository: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a repository's config.json, and what it holds; it names an architecture of timm's."""
+    path = fetch_from_hub(repository, ("config.json",))
     try:
-        return build(architecture, img_size=img_size, pretrained=pretrained, **options)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if timm.is_model(config["architecture"]):
+            return path.parent, config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(
+        f"hf-hub:{repository} holds no model of timm's: its config.json names no architecture that timm has"
+    )
+
+
+def _hub_weights(config: dict[str, Any]) -> tuple[str, ...]:
+    details = config.get("pretrained_cfg")
+    filename = details.get("hf_hub_filename") if isinstance(details, dict) else None
+    return (filename,) if filename else WEIGHT_FILES
+
+
+def _built_by_hub(repository: str, make: Callable[..., nn.Module], folder: Path, img_size: ImageSize) -> nn.Module:
+    """`build` or `outline` of what a repository's config.json describes."""
+    try:
+        return make(f"local-dir:{folder}", img_size=img_size)
     except UserError:
         raise
-    except Exception as error:  # a damaged cache shows in any way that a reader can fail
+    except Exception as error:  # timm trusts its arguments
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(
-            f"the weights at {place} cannot be loaded: {reason}; delete them to download them again"
-        ) from error
+        raise UserError(f"timm cannot build what the config.json of hf-hub:{repository} describes: {reason}") from error
 
 
 def _random(spec: ModelSpec) -> ModelSpec:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitprobe.data.batches import Batch, default_workers, iterate, iterate_loader
-from vitprobe.data.sources import Images, LoaderImages, open_images
+from vitprobe.data.images import Images, LoaderImages, printable
+from vitprobe.data.sources import open_images
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import Capture, capture
@@ -27,13 +29,15 @@ from vitprobe.profile.manifest import new_manifest
 from vitprobe.profile.profile import Profile
 from vitprobe.profile.state import choose_batch_size, choose_device, prepared
 from vitprobe.profile.values import MemoryValues, Sharder, ShardValues
-from vitprobe.statistics import STATISTICS, select
+from vitprobe.statistics import select
 
 
 def analyze(
     model: str | Path | nn.Module | LoadedModel,
     data: Any = None,
     *,
+    checkpoint: str | Path | None = None,
+    arch: str | None = None,
     num_images: int | None = None,
     transform: str = "model",
     img_size: int | None = None,
@@ -55,6 +59,8 @@ def analyze(
     Args:
         model: anything that `load_model` takes.
         data: anything that `open_images` takes; without it the packaged sample photographs.
+        checkpoint: as for `load_model`: a file with the weights of the named model.
+        arch: as for `load_model`: the architecture of a checkpoint file.
         num_images: analyse this many, drawn at random without replacement (from a DataLoader: its first ones); all of
             them without.
         transform: "model" (the model's own preprocessing) or "paper" (shorter side to 256 for a 224 crop, bicubic,
@@ -77,8 +83,10 @@ def analyze(
         UserError: for bad input, in one line; nothing is written then.
     """
     arguments = {
-        "model": str(model) if isinstance(model, str | Path) else type(getattr(model, "module", model)).__name__,
-        "data": data if data is None else str(data) if isinstance(data, str | Path) else type(data).__name__,
+        "model": _shown(model),
+        "checkpoint": None if checkpoint is None else _shown(checkpoint),
+        "arch": arch,
+        "data": None if data is None else _shown(data),
         "num_images": num_images,
         "transform": transform,
         "img_size": img_size,
@@ -88,19 +96,24 @@ def analyze(
         "workers": workers,
         "device": None if device is None else str(device),
         "seed": seed,
-        "out": None if out is None else str(out),
+        "out": None if out is None else _shown(out),
         "overwrite": overwrite,
     }
     select(statistics)
-    for name, number in (("num_images", num_images), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise UserError(f"{name} is {number}; it must be at least 1")
+    for name, number, least in (
+        ("num_images", num_images, 1),
+        ("batch_size", batch_size, 1),
+        ("workers", workers, 0),
+        ("seed", seed, 0),
+    ):
+        if number is not None and not (isinstance(number, Integral) and int(number) >= least):
+            raise UserError(f"{name} is {number!r}; it must be a whole number of at least {least}")
     folder = None if out is None else Path(out)
     if folder is not None:
         check_output(folder, overwrite)
     chosen_device = choose_device(device)
     images = open_images(data, groups=groups)
-    loaded = load_model(model, img_size=img_size)
+    loaded = load_model(model, checkpoint=checkpoint, arch=arch, img_size=img_size)
     preprocess = model_transform(loaded.module, transform, img_size)
     layout = token_layout(loaded.module, preprocess.size)
     width = int(getattr(find_trunk(loaded.module), "embed_dim", 768))
@@ -119,10 +132,19 @@ def analyze(
     except KeyboardInterrupt:
         run.finish("interrupted", images, began)
         raise
-    except BaseException:
-        run.abandon()
+    except BaseException as error:
+        kept = run.abandon()
+        if kept and isinstance(error, UserError):
+            raise UserError(f"{error}; the {kept} images finished before are kept in {folder}") from error
         raise
     return run.profile
+
+
+def _shown(thing: Any) -> str:
+    """An argument as the manifest holds it: text as it is, made printable; of anything else its type."""
+    if isinstance(thing, str | Path):
+        return printable(str(thing))
+    return type(getattr(thing, "module", thing)).__name__
 
 
 def _total(images: Images, num_images: int | None) -> int | None:
@@ -197,7 +219,7 @@ class _Run:
         module = self.model.module
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
         # Plain text also in a notebook: tqdm's widget there needs ipywidgets, and warns without.
-        shown = sys.stderr.isatty() or "ipykernel" in sys.modules if progress is None else progress
+        shown = (sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules if progress is None else progress
         bar = tqdm(total=total, desc=self.model.spec.name, unit="img", disable=not shown, dynamic_ncols=True)
         with bar, capture(module, keep="statistics", statistics=statistics) as attention, torch.inference_mode():
             for batch in batches:
@@ -215,15 +237,18 @@ class _Run:
             height, width = batch.pixels.shape[-2:]
             raise UserError(f"{name} cannot take images of {height}x{width} pixels: {error}") from None
         values = {key: value.float().cpu() for key, value in attention.statistics().items()}
-        for key, value in values.items():
-            bad = ~value.isfinite() if STATISTICS[key].bounded else value.isnan()
-            if bad.any():
-                image, block = (int(index) for index in bad.flatten(2).any(2).nonzero()[0])
-                block = min(int(index) for index in bad.flatten(2).any(2).any(0).nonzero()[:, 0])
-                raise UserError(
-                    f"the activations of {name} are NaN or infinite from block {block} on (image "
-                    f"{batch.names[image]}); check its weights and the images' preprocessing"
-                )
+        # Infinite is right in one place: where [cls] gives the patches less than float32 can hold.
+        bad = [
+            (value.isnan() if key == "cls_self_attention_ratio" else ~value.isfinite()).any(dim=2)
+            for key, value in values.items()
+        ]
+        images, blocks = torch.stack(bad).any(dim=0).nonzero(as_tuple=True)
+        if len(blocks):
+            first = int(blocks.argmin())
+            raise UserError(
+                f"the activations of {name} are NaN or infinite from block {blocks[first]} on (image "
+                f"{batch.names[int(images[first])]}); check its weights and the images' preprocessing"
+            )
         return values
 
     def _keep(self, attention: Capture, batch: Batch, values: dict[str, Tensor]) -> None:
@@ -264,12 +289,17 @@ class _Run:
         if self.folder is not None:
             self.profile.save(self.folder)
 
-    def abandon(self) -> None:
-        """Leave no folder of a run that has not one whole shard."""
-        if self.folder is not None and self.claimed and not self.values.names:
-            clear_run(self.folder)
-            with suppress(OSError):  # it holds something else
-                self.folder.rmdir()
+    def abandon(self) -> int:
+        """After an error: how many images are kept in finished shards; without any, no folder is left."""
+        if self.folder is None or not self.claimed:
+            return 0
+        with suppress(UserError, OSError):  # the disk may be why we are here
+            if self.values.names:
+                write_manifest(self.folder, {**self.manifest, "status": "failed"})
+            else:
+                clear_run(self.folder)
+                self.folder.rmdir()  # unless it holds something else
+        return len(self.values.names)
 
     @property
     def profile(self) -> Profile:

@@ -148,12 +148,14 @@ def _verdict(profile: Measured, found: dict[str, Estimate]) -> tuple[str, str]:
         else:
             parts.append("what it gives the patches is spread widely")
             signs.add("unclear")
-    if (own := found.get("patch_self_attention_ratio")) is not None:
+    if (own := found.get("patch_self_attention_ratio")) is not None and layout.num_patches > 1:
         much = _low(own) > OWN / layout.num_patches
         parts.append("patches look much at themselves" if much else "patches look mostly at each other")
     if not parts:
         parts.append("none of the paper's three statistics was measured, so there is no verdict")
-    if "cls_self_attention" not in found and "cls_entropy_share" not in found:
+    if not found:
+        step = "next: measure the paper's three statistics too (leave --statistic out)"
+    elif not layout.has_cls:
         step = (
             "next: there is no [cls] attention to judge; read the patch tokens, averaged or pooled by attention, and "
             "probe both"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vitprobe.errors import UserError
-from vitprobe.files import write_atomically
-from vitprobe.profile.values import SHARD_FOLDER
+from vitprobe.files import disk_errors, write_atomically
+from vitprobe.profile.values import SHARD_FOLDER, SHARDS
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-OURS = (MANIFEST, SHARD_FOLDER, "summary.csv", "summary.parquet", "figures")
+REQUIRED = ("format_version", "model", "layout", "undefined", "arguments")
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
@@ -24,30 +24,41 @@ def check_output(folder: Path, overwrite: bool) -> None:
         UserError: for a file, a folder with another run (without `overwrite`), a folder with something else in it, or
             a place that is not writable.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give --out a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / MANIFEST).is_file():
-            raise UserError(f"{folder} is not empty and holds no run of vitprobe; give --out a new or empty folder")
-        if not overwrite:
-            raise UserError(f"{folder} holds another run; pass --overwrite to replace it, or give another --out")
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{existing} is a file, so {folder} cannot be made; give another --out")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{existing} is not writable; give another --out")
+    with disk_errors(folder):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; give --out a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            if not is_run(folder):
+                raise UserError(f"{folder} is not empty and holds no run of vitprobe; give --out a new or empty folder")
+            if not overwrite:
+                raise UserError(f"{folder} holds another run; pass --overwrite to replace it, or give another --out")
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(f"{existing} is a file, so {folder} cannot be made; give another --out")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(f"{existing} is not writable; give another --out")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run of vitprobe: others too call a file `manifest.json`."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and all(key in manifest for key in REQUIRED)
 
 
 def clear_run(folder: Path) -> None:
-    """Remove a run's own files from its folder, and nothing else."""
-    for name in OURS:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    """Remove a run's own files from its folder, and nothing else (figures are the command line's)."""
+    with disk_errors(folder):
+        for path in (folder / SHARD_FOLDER).glob(SHARDS):
+            path.unlink()
+        for name in (MANIFEST, "summary.csv", "summary.parquet"):
+            (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not there, or it holds something else
+            (folder / SHARD_FOLDER).rmdir()
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -66,12 +77,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no run (there is no {MANIFEST}); give the folder that vitprobe analyze wrote")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format_version"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is broken; analyze again with --overwrite") from None
+    except (OSError, ValueError):
+        manifest = None
+    version = manifest.get("format_version", FORMAT_VERSION) if isinstance(manifest, dict) else FORMAT_VERSION
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format {version}, this vitprobe reads format {FORMAT_VERSION}; "
-            f"upgrade vitprobe or analyze again with --overwrite"
+            f"upgrade vitprobe or analyze again"
         )
+    if not is_run(folder):
+        raise UserError(f"{path} is broken, or none of vitprobe's; give the folder of a run, or analyze again")
+    assert manifest is not None  # is_run has read it too
     return manifest

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from torch import nn
 from vitprobe.errors import UserError
 from vitprobe.models.tokens import TokenLayout
 
+CGROUP = Path("/sys/fs/cgroup")
 MOST_IMAGES = 64  # a shard's worth; larger batches gain nothing
 MEMORY_SHARE = 0.25  # of what is free
 ACTIVATIONS = 24  # float32 tensors of (tokens, width) that are alive at once in a block, with room to spare
@@ -27,9 +30,9 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.empty(1, device=chosen).cpu()  # which a device without storage ("meta") cannot do
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.split(r"[.:\n]\s", f"{error}\n ")[0] or type(error).__name__
         raise UserError(
             f"device {device!s} cannot be used ({reason}); choose cpu, or cuda where there is a GPU"
         ) from None
@@ -47,9 +50,14 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return 2 * 2**30
+        free = 2 * 2**30
+    try:  # a container's or a job's own limit
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # none, or "max"
+        return free
+    return max(0, min(free, limit - used))
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from vitprobe.files import write_atomically
 
 SHARD_IMAGES = 64
 SHARD_FOLDER = "statistics"
+SHARDS = "shard-*.safetensors"
 
 Arrays = Mapping[str, Float32[np.ndarray, "image block head"]]
 
@@ -87,8 +88,8 @@ class ShardValues:
     """Values in the shards of a run's folder; only names and groups are held."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.paths = sorted((folder / SHARD_FOLDER).glob("shard-*.safetensors"))
+        self.folder = folder.absolute()  # read later, when the process may have gone elsewhere
+        self.paths = sorted((self.folder / SHARD_FOLDER).glob(SHARDS))
         self.names: list[str] = []
         self.groups: list[str] = []
         for path in self.paths:
@@ -111,10 +112,13 @@ class ShardValues:
 
     def read(self, statistic: str) -> Float32[np.ndarray, "image block head"]:
         """Every image's values of one statistic, from disk."""
-        parts = []
+        parts: list[np.ndarray] = []
         for path in self.paths:
             with _open(path) as shard:
-                parts.append(shard.get_tensor(statistic))
+                part = shard.get_tensor(statistic) if statistic in set(shard.keys()) else None
+            if part is None or part.shape[1:] != (parts or [part])[0].shape[1:]:
+                raise UserError(f"{path} is of another run than the shards before it; analyze again with --overwrite")
+            parts.append(part)
         return np.concatenate(parts)
 
     def shards(self) -> Iterator[Shard]:

@@ -81,12 +81,13 @@ def select(names: Sequence[str] | None) -> list[Statistic]:
     """The statistics of these names in the table's order; all without names.
 
     Raises:
-        UserError: for a name that is not in the table, with the nearest ones.
+        UserError: for a name that is not in the table, with the nearest ones, or for no name at all.
     """
     if names is None:
         return list(STATISTICS.values())
-    if isinstance(names, str):
-        names = [names]
+    names = [names] if isinstance(names, str) else list(names)
+    if not names:
+        raise UserError("no statistic is asked for; name at least one, or leave the argument out for all of them")
     for name in names:
         if name not in STATISTICS:
             near = difflib.get_close_matches(name, STATISTICS, n=3, cutoff=0.5) or list(STATISTICS)
