@@ -30,7 +30,7 @@ def process(*arguments: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run([VITPROBE, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
 
 
-def fails_with_one_line(result: Result, *words: str) -> None:
+def assert_fails_with_one_line(result: Result, *words: str) -> None:
     """Exit status 2, one line on the error stream that has the words, nothing else said."""
     assert result.exit_code == 2, (result.output, result.exception)
     lines = result.stderr.splitlines()
@@ -143,8 +143,8 @@ def test_models_lists_filters_and_marks():
     dinov2 = invoke("models", "--paradigm", "hybrid", "dinov2").stdout.splitlines()
     assert 5 < len(dinov2) < len(everything)
     assert all("dinov2" in line for line in dinov2[1:])
-    fails_with_one_line(invoke("models", "nonsense"), "no model matches 'nonsense'")
-    fails_with_one_line(invoke("models", "--paradigm", "nonsense"), "MIM, JEA")
+    assert_fails_with_one_line(invoke("models", "nonsense"), "no model matches 'nonsense'")
+    assert_fails_with_one_line(invoke("models", "--paradigm", "nonsense"), "MIM, JEA")
 
 
 def test_help_and_version_do_not_import_torch_and_are_quick():
@@ -169,7 +169,9 @@ def test_help_and_version_do_not_import_torch_and_are_quick():
 
 
 def test_unknown_model_names_the_nearest():
-    fails_with_one_line(invoke("analyze", "--model", "mae_vit_nan"), "unknown model 'mae_vit_nan'", "mae_vit_nano")
+    assert_fails_with_one_line(
+        invoke("analyze", "--model", "mae_vit_nan"), "unknown model 'mae_vit_nan'", "mae_vit_nano"
+    )
     assert not Path("runs").exists()
 
 
@@ -224,12 +226,12 @@ def test_bad_input_gets_one_line_and_leaves_nothing(arguments, words):
     Path("onlybad/bad.png").write_bytes(b"nothing")
     Path("broken.tar").write_bytes(b"nothing")
     before = sorted(Path().rglob("*"))
-    fails_with_one_line(invoke("analyze", "--model", "mae_vit_nano", *arguments), *words)
+    assert_fails_with_one_line(invoke("analyze", "--model", "mae_vit_nano", *arguments), *words)
     assert sorted(Path().rglob("*")) == before
 
 
 def test_arch_without_checkpoint_is_refused():
-    fails_with_one_line(invoke("analyze", "--arch", "mae_vit_b"), "--arch says what a --checkpoint is")
+    assert_fails_with_one_line(invoke("analyze", "--arch", "mae_vit_b"), "--arch says what a --checkpoint is")
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_keys():
@@ -237,7 +239,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_keys():
     state = model.module.state_dict()
     state.pop("blocks.3.attn.qkv.weight")
     torch.save(state, "torn.pth")
-    fails_with_one_line(
+    assert_fails_with_one_line(
         invoke("analyze", "--model", "mae_vit_nano", "--checkpoint", "torn.pth"), "torn.pth", "blocks.3.attn.qkv.weight"
     )
 
@@ -260,13 +262,17 @@ def test_nan_weights_name_the_block():
     model = vitprobe.load_model("mae_vit_nano", pretrained=False)
     model.module.blocks[3].mlp.fc1.weight.data[0, 0] = float("nan")
     torch.save(model.module.state_dict(), "nan.pth")
-    fails_with_one_line(invoke("analyze", "--model", "mae_vit_nano", "--checkpoint", "nan.pth"), "NaN", "block 3")
+    assert_fails_with_one_line(
+        invoke("analyze", "--model", "mae_vit_nano", "--checkpoint", "nan.pth"), "NaN", "block 3"
+    )
 
 
 def test_another_run_is_refused_before_any_work(folder):
     assert invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run").exit_code == 0
     before = Path("run/manifest.json").read_bytes()
-    fails_with_one_line(invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run"), "--overwrite")
+    assert_fails_with_one_line(
+        invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run"), "--overwrite"
+    )
     assert Path("run/manifest.json").read_bytes() == before
     again = invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run", "--overwrite")
     assert again.exit_code == 0, again.output
@@ -275,13 +281,15 @@ def test_another_run_is_refused_before_any_work(folder):
 def test_several_models_are_not_written_into_the_run_of_one(folder):
     assert invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run").exit_code == 0
     before = sorted(Path("run").rglob("*"))
-    fails_with_one_line(invoke("analyze", "--out", "run", "--overwrite"), "run is the run of one model, and 2 need")
+    assert_fails_with_one_line(
+        invoke("analyze", "--out", "run", "--overwrite"), "run is the run of one model, and 2 need"
+    )
     assert sorted(Path("run").rglob("*")) == before
 
 
 def test_every_name_is_checked_before_the_first_model_runs(folder):
     result = invoke("analyze", "--model", "mae_vit_nano", "--model", "mae_vit_nan", "--data", folder, "--out", "two")
-    fails_with_one_line(result, "unknown model 'mae_vit_nan'")
+    assert_fails_with_one_line(result, "unknown model 'mae_vit_nan'")
     assert not Path("two").exists()
 
 
@@ -294,7 +302,7 @@ def test_a_manifest_of_somebody_elses_makes_no_run(folder):
     (app / "statistics" / "data.csv").write_text("mine")
     for options in ([], ["--overwrite"]):
         result = invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "app", *options)
-        fails_with_one_line(result, "app is not empty and holds no run of vitprobe")
+        assert_fails_with_one_line(result, "app is not empty and holds no run of vitprobe")
     assert sorted(path.name for path in app.rglob("*") if path.is_file()) == ["data.csv", "manifest.json", "paper.pdf"]
 
 
@@ -316,7 +324,7 @@ def test_figures_of_another_run_are_not_replaced_unasked(folder):
     figure.parent.mkdir(parents=True)
     figure.write_text("mine")
     result = invoke("analyze", "--data", folder, "--out", "out")
-    fails_with_one_line(result, "holds another run's figures; pass --overwrite")
+    assert_fails_with_one_line(result, "holds another run's figures; pass --overwrite")
     assert figure.read_text() == "mine"
 
 
@@ -370,7 +378,9 @@ def test_out_of_memory_is_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setattr("vitprobe.profile.analysis.analyze", hungry)
-    fails_with_one_line(invoke("analyze", "--model", "mae_vit_nano"), "out of memory; give a smaller --batch-size")
+    assert_fails_with_one_line(
+        invoke("analyze", "--model", "mae_vit_nano"), "out of memory; give a smaller --batch-size"
+    )
 
 
 def test_a_ratio_is_printed_as_what_its_interval_is_about(folder):
@@ -384,8 +394,8 @@ def test_a_ratio_is_printed_as_what_its_interval_is_about(folder):
 
 
 def test_figures_of_no_run(folder):
-    fails_with_one_line(invoke("figures", "images"), "images holds no run")
-    fails_with_one_line(invoke("figures"), "RUNS")
+    assert_fails_with_one_line(invoke("figures", "images"), "images holds no run")
+    assert_fails_with_one_line(invoke("figures"), "RUNS")
 
 
 def test_a_full_disk_is_one_line(folder, monkeypatch):
@@ -394,7 +404,7 @@ def test_a_full_disk_is_one_line(folder, monkeypatch):
 
     monkeypatch.setattr("vitprobe.files.os.fsync", full)
     result = invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--out", "run")
-    fails_with_one_line(result, "the disk is full")
+    assert_fails_with_one_line(result, "the disk is full")
     assert not Path("run").exists()
 
 

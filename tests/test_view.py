@@ -152,7 +152,7 @@ def test_the_row_block_follows_the_module_constant(monkeypatch: pytest.MonkeyPat
 # Several batches -----------------------------------------------------------------------------------------------------
 
 
-def joined_equals_parts(first: AttentionView, second: AttentionView) -> AttentionView:
+def assert_joined_equals_parts(first: AttentionView, second: AttentionView) -> AttentionView:
     both = concatenate_views([first, second])
     parts = torch.cat([first.probabilities(), second.probabilities()])
     assert_close(both.probabilities(), parts, tolerance=1e-6)
@@ -172,26 +172,26 @@ def test_two_batches_with_biases_of_their_own(shape: tuple[int, ...] | None) -> 
     first, second = view_with_bias(shape, seed=1), random_view(LAYOUT, seed=2)
     if shape is not None:
         second = random_view(LAYOUT, seed=2, bias=torch.randn(shape))
-    joined_equals_parts(first, second)
+    assert_joined_equals_parts(first, second)
 
 
 def test_a_bias_of_each_image_is_that_of_its_own_image() -> None:
     first = view_with_bias((2, 1, T, T), seed=1)
     assert first.bias is not None
-    both = joined_equals_parts(first, random_view(LAYOUT, seed=2, bias=first.bias.clone()))
+    both = assert_joined_equals_parts(first, random_view(LAYOUT, seed=2, bias=first.bias.clone()))
     assert both.bias is not None and both.bias.shape == (4, 3, T, T)
 
 
 def test_batches_with_and_without_a_bias() -> None:
-    joined_equals_parts(view_with_bias((1, 3, T, T)), random_view(LAYOUT, seed=2))
-    joined_equals_parts(random_view(LAYOUT, seed=2), view_with_bias((1, 3, T, T)))
+    assert_joined_equals_parts(view_with_bias((1, 3, T, T)), random_view(LAYOUT, seed=2))
+    assert_joined_equals_parts(random_view(LAYOUT, seed=2), view_with_bias((1, 3, T, T)))
 
 
 def test_a_bias_that_is_the_same_for_all_images_is_held_once() -> None:
     first = view_with_bias((1, 3, T, T))
     assert first.bias is not None
     second = random_view(LAYOUT, seed=2, bias=first.bias.clone())
-    both = joined_equals_parts(first, second)
+    both = assert_joined_equals_parts(first, second)
     assert both.bias is not None and both.bias.shape == (1, 3, T, T)
 
 
