@@ -17,6 +17,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # zoo/ is beside the package, not in it; at the end, so that the installed vitprobe wins
 
 from vitprobe.models import loading  # noqa: E402
+from vitprobe.profile.manifest import device_name  # noqa: E402
+from vitprobe.profile.state import choose_device  # noqa: E402
 from zoo import train as training  # noqa: E402
 from zoo.cifar import load_tar, random_resized_crop_flip  # noqa: E402
 from zoo.evaluate import evaluate  # noqa: E402
@@ -162,6 +164,7 @@ def test_shipping_an_unfinished_run_is_refused_and_a_finished_one_has_a_full_car
     card = json.loads((tmp_path / "bundled" / f"{recipe.name}.json").read_text())
     assert card["recipe"]["epochs"] == 3
     assert len(card["training"]["loss_by_epoch"]) == 3
+    assert card["training"]["device"] == f"{device_name(choose_device(None))}, bfloat16 autocast"
     shipped = load_file(tmp_path / "bundled" / f"{recipe.name}.safetensors")
     assert {tensor.dtype for tensor in shipped.values()} == {torch.float16}
     torch.testing.assert_close(shipped["cls_token"], objective.vit.cls_token.data.half())

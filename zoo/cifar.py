@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitprobe.data.sources import open_images
-from zoo.recipe import CIFAR10_MEAN, CIFAR10_STD
+from vitprobe.models.entries import NORMALISATIONS
 
 
 def load_tar(path: str | Path) -> tuple[Tensor, Tensor, list[str]]:
@@ -25,8 +25,7 @@ def load_tar(path: str | Path) -> tuple[Tensor, Tensor, list[str]]:
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 pixels → float32 with CIFAR-10's mean and standard deviation."""
-    mean = torch.tensor(CIFAR10_MEAN, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(CIFAR10_STD, device=images.device).view(1, 3, 1, 1)
+    mean, std = (torch.tensor(part, device=images.device).view(1, 3, 1, 1) for part in NORMALISATIONS["cifar10"])
     return (images.float() / 255 - mean) / std
 
 

@@ -6,8 +6,7 @@ import importlib
 from dataclasses import dataclass, field
 from typing import Any
 
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+from vitprobe.models.entries import BUNDLED_ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -25,16 +24,8 @@ class Recipe:
     gradient_clip: float = 1.0
     crop_scale: tuple[float, float] = (0.4, 1.0)  # area share of RandomResizedCrop
     seed: int = 0
-    # The architecture: arguments of timm's VisionTransformer.
-    architecture: dict[str, Any] = field(
-        default_factory=lambda: {
-            "img_size": 32,
-            "patch_size": 4,
-            "embed_dim": 128,
-            "depth": 12,
-            "num_heads": 4,
-        }
-    )
+    # Arguments of timm's VisionTransformer: by default those that the package builds the bundled models with.
+    architecture: dict[str, Any] = field(default_factory=lambda: dict(BUNDLED_ARCHITECTURES["vit_nano_patch4_32"]))
     # Masked autoencoder only.
     mask_ratio: float = 0.75
     decoder_dim: int = 96

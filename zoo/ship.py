@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from vitprobe.models.entries import NORMALISATIONS
 from zoo.objectives import OBJECTIVES
-from zoo.recipe import CIFAR10_MEAN, CIFAR10_STD, load_recipe
+from zoo.recipe import load_recipe
 
 BUNDLED = Path(__file__).parent.parent / "vitprobe" / "models" / "bundled"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -36,16 +37,17 @@ def ship(name: str, out: Path, bundled: Path = BUNDLED) -> None:
     weights = {key: value.half().contiguous() for key, value in objective.vit.state_dict().items()}
     with (folder / "log.csv").open() as file:
         log = [(int(epoch), float(loss), float(seconds)) for epoch, loss, seconds in csv.reader(file)]
+    mean, std = NORMALISATIONS["cifar10"]
     card = {
         "name": name,
         "method": recipe.method,
         "recipe": dataclasses.asdict(recipe),
         "classes": CLASSES if recipe.method == "supervised" else None,
         "data": "CIFAR-10: the 50,000 training images (Krizhevsky, 2009)",
-        "mean": CIFAR10_MEAN,
-        "std": CIFAR10_STD,
+        "mean": mean,
+        "std": std,
         "training": {
-            "device": state.get("device", "cpu, 1 thread, bfloat16 autocast"),
+            "device": state["device"],
             "minutes": round(sum(seconds for *_, seconds in log) / 60, 1),
             "loss_by_epoch": [loss for _, loss, _ in log],
         },

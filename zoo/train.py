@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vitprobe.profile.manifest import device_name
 from zoo.cifar import load_tar, normalize, random_resized_crop_flip
 from zoo.objectives import OBJECTIVES
 from zoo.recipe import Recipe, load_recipe
@@ -79,7 +80,12 @@ def train(recipe: Recipe, data: Path, out: Path) -> Path:
             optimizer.step()
             total += loss.item()
         seconds = time.perf_counter() - began
-        state = {"objective": objective.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+        state = {
+            "objective": objective.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "epoch": epoch + 1,
+            "device": f"{device_name(device)}, bfloat16 autocast",
+        }
         torch.save(state, partial := checkpoint.with_suffix(".partial"))
         partial.replace(checkpoint)
         with (folder / "log.csv").open("a", newline="") as file:

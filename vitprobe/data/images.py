@@ -139,7 +139,7 @@ class TensorImages(Images):
 
 
 class LoaderImages(Images):
-    """The images that a torch DataLoader gives, in its own order: for `loading.iterate_loader`, not for `read`.
+    """The images that a torch DataLoader gives, in its own order: for `batches.iterate_loader`, not for `read`.
 
     Names are running numbers. `names`, `groups` and `len()` cover the images that the loader announces; they are empty,
     and `len()` raises TypeError as it does for the loader, where it announces none (`announced` is None).

@@ -14,7 +14,14 @@ from vitprobe.attention.view import AttentionView, concatenate_views
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.blocks import BlockRecord, first_tensor, hook_block
 from vitprobe.hooks.interception import AttentionCall, AttentionWatcher
-from vitprobe.models.tokens import TokenLayout, find_trunk, token_layout
+from vitprobe.models.tokens import (
+    TokenLayout,
+    find_patch_embedding,
+    find_trunk,
+    is_wrapper,
+    token_layout,
+    uncompiled,
+)
 from vitprobe.statistics import compute_statistics, select
 from vitprobe.statistics.table import available_needs
 
@@ -55,9 +62,8 @@ def capture(
         raise UserError(
             f"capture takes a model (what load_model returns, or a torch.nn.Module), not a {type(model).__name__}"
         )
-    module = getattr(module, "_orig_mod", module)  # torch.compile's wrapper calls the model that it was made from
-    wraps = isinstance(getattr(module, "module", None), nn.Module)
-    if wraps and not hasattr(module, "blocks") and not hasattr(module, "encoder"):
+    module = uncompiled(module)
+    if is_wrapper(module):
         raise AttentionNotSeenError(
             f"{type(module).__name__} wraps the model and may run copies of it, whose attention cannot be seen; pass "
             f"model.module, and call that inside the capture"
@@ -103,12 +109,10 @@ class Capture:
                 f"this capture of {self._model_name} is open already; open a second one with capture(model)"
             )
         with ExitStack() as stack:
-            trunk: Any = find_trunk(self.module)
-            embedding: Any = getattr(trunk, "patch_embed", getattr(trunk, "embeds", None))
             handles = [
                 self.module.register_forward_pre_hook(self._forward_began),
                 self.module.register_forward_hook(self._forward_ended, always_call=True),
-                embedding.register_forward_pre_hook(self._images_came, with_kwargs=True),
+                find_patch_embedding(self.module).register_forward_pre_hook(self._images_came, with_kwargs=True),
             ]
             for index, block in enumerate(self._blocks):
                 handles += hook_block(block, index, self._in_pass, self._block_started, self._block_finished)

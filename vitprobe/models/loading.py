@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.data.transforms import ImageTransform, model_transform
-from vitprobe.errors import AttentionNotSeenError, UserError
+from vitprobe.errors import UserError
 from vitprobe.models.building import ImageSize, architecture_of, build, outline, pair, require_size, spec_of
 from vitprobe.models.checkpoints import (
     classifier_size,
@@ -35,7 +35,14 @@ from vitprobe.models.hub import (
     require_hub,
 )
 from vitprobe.models.registry import all_specs, find_spec
-from vitprobe.models.tokens import TokenLayout, default_image_size, find_trunk, token_layout
+from vitprobe.models.tokens import (
+    TokenLayout,
+    default_image_size,
+    find_trunk,
+    is_wrapper,
+    token_layout,
+    uncompiled,
+)
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pyth", ".npz")
@@ -213,14 +220,11 @@ def _wrap(model: nn.Module | LoadedModel, img_size: ImageSize) -> LoadedModel:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """The model that `torch.compile` was given, for its own forward pass is the same; otherwise the module itself."""
-    module = getattr(module, "_orig_mod", module)
-    try:
-        find_trunk(module)
-    except AttentionNotSeenError as error:
-        if isinstance(getattr(module, "module", None), nn.Module):
-            raise UserError(f"{type(module).__name__} only wraps a model: pass its .module instead") from error
-        raise
+    """The model itself, not what `torch.compile` made of it; refused where it has no blocks."""
+    module = uncompiled(module)
+    if is_wrapper(module):
+        raise UserError(f"{type(module).__name__} only wraps a model: pass its .module instead")
+    find_trunk(module)
     return module
 
 

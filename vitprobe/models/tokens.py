@@ -68,20 +68,53 @@ class TokenLayout:
         return ((self.grid[0] - 1) ** 2 + (self.grid[1] - 1) ** 2) ** 0.5
 
 
+def uncompiled(module: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was given, whose forward pass its wrapper calls; otherwise the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module has no blocks of its own but holds a model at `.module` (DataParallel and its like)."""
+    return isinstance(getattr(module, "module", None), nn.Module) and _trunk(module) is None
+
+
 def find_trunk(module: nn.Module) -> nn.Module:
     """The part of a model that holds its transformer blocks: the model itself, or its `.encoder`.
 
     Raises:
         AttentionNotSeenError: where neither has a non-empty `.blocks`.
     """
-    for trunk in (module, getattr(module, "encoder", None)):
-        blocks = getattr(trunk, "blocks", None)
-        if isinstance(trunk, nn.Module) and isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks):
-            return trunk
+    trunk = _trunk(module)
+    if trunk is not None:
+        return trunk
     raise AttentionNotSeenError(
         f"{type(module).__name__} has no list of transformer blocks at .blocks or .encoder.blocks, so its attention "
         f"cannot be captured; use an isotropic Vision Transformer (vitprobe models)"
     )
+
+
+def _trunk(module: nn.Module) -> nn.Module | None:
+    for trunk in (module, getattr(module, "encoder", None)):
+        blocks = getattr(trunk, "blocks", None)
+        if isinstance(trunk, nn.Module) and isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks):
+            return trunk
+    return None
+
+
+def find_patch_embedding(module: nn.Module) -> nn.Module:
+    """The part of a model that turns images into patch tokens: `.patch_embed` or (NaFlexVit) `.embeds` of its trunk.
+
+    Raises:
+        AttentionNotSeenError: for a model without transformer blocks or without a patch embedding that is known.
+    """
+    trunk = find_trunk(module)
+    embedding: Any = getattr(trunk, "patch_embed", getattr(trunk, "embeds", None))
+    if not hasattr(embedding, "dynamic_feat_size") and not hasattr(embedding, "patch_size"):
+        raise AttentionNotSeenError(
+            f"{type(module).__name__} has blocks but no .patch_embed with a patch size, so its patch grid is not "
+            f"known; use an isotropic Vision Transformer of timm (vitprobe models)"
+        )
+    return embedding
 
 
 def token_layout(module: nn.Module, image_size: tuple[int, int] | None = None) -> TokenLayout:
@@ -95,12 +128,7 @@ def token_layout(module: nn.Module, image_size: tuple[int, int] | None = None) -
     """
     trunk = find_trunk(module)
     holder: Any = getattr(trunk, "embeds", trunk)  # NaFlexVit keeps its tokens in `.embeds`
-    embedding: Any = getattr(trunk, "patch_embed", getattr(trunk, "embeds", None))
-    if not hasattr(embedding, "dynamic_feat_size") and not hasattr(embedding, "patch_size"):
-        raise AttentionNotSeenError(
-            f"{type(module).__name__} has blocks but no .patch_embed with a patch size, so its patch grid is not "
-            f"known; use an isotropic Vision Transformer of timm (vitprobe models)"
-        )
+    embedding: Any = find_patch_embedding(module)
     if image_size is None:
         image_size = default_image_size(module)
     if hasattr(embedding, "dynamic_feat_size"):

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.profile.intervals import Estimate
-from vitprobe.profile.references import COMPARED, distance, matching_references
+from vitprobe.profile.references import COMPARED, Reference, distance, matching_references
 
 KEEPS = 0.10  # [cls] keeps "much" for itself where the whole interval lies above this share and 3 times uniform
 NEAR_UNIFORM = 0.95  # an entropy above this share of log N is called near-uniform
@@ -88,9 +88,8 @@ def diagnose(profile: Measured) -> Diagnosis:
     """The diagnosis of one profile; statistics that it does not hold are left out and said to be."""
     late = slice(2 * profile.num_blocks // 3, profile.num_blocks)
     found = {name: profile.estimate(name, late) for name in COMPARED if name in profile.statistics}
-    random = next(
-        (r for r in matching_references(profile.manifest, profile.layout.num_tokens) if r.paradigm == "random"), None
-    )
+    references = matching_references(profile.manifest, profile.layout.num_tokens)
+    random = next((reference for reference in references if reference.paradigm == "random"), None)
 
     def baseline(name: str, uniform: float) -> str:
         text = f"uniform attention: {_percent(uniform)}"
@@ -122,7 +121,7 @@ def diagnose(profile: Measured) -> Diagnosis:
         reasons = {profile.undefined.get(name, "not asked for in this run") for name in missing}
         evidence.append(f"undefined here: {', '.join(missing)} ({'; '.join(sorted(reasons))})")
     verdict, next_step = _verdict(profile, found)
-    return Diagnosis(f"{profile.name}: {verdict}", tuple(evidence), _resemblance(profile), next_step)
+    return Diagnosis(f"{profile.name}: {verdict}", tuple(evidence), _resemblance(profile, references), next_step)
 
 
 def _verdict(profile: Measured, found: dict[str, Estimate]) -> tuple[str, str]:
@@ -178,8 +177,7 @@ def _verdict(profile: Measured, found: dict[str, Estimate]) -> tuple[str, str]:
     return "; ".join(parts) + ".", step
 
 
-def _resemblance(profile: Measured) -> str:
-    references = matching_references(profile.manifest, profile.layout.num_tokens)
+def _resemblance(profile: Measured, references: list[Reference]) -> str:
     if not references:
         return "no reference for this architecture: vitprobe ships none with the same blocks, width, heads and tokens"
     own_weights = profile.manifest["model"]["weights_sha256"]
@@ -189,13 +187,13 @@ def _resemblance(profile: Measured) -> str:
     curves = {name: profile.estimate(name).mean.tolist() for name in COMPARED if name in profile.statistics}
     if not curves:
         return "no comparison with the shipped references: this run holds none of the paper's three statistics"
-    ranked = sorted(references, key=lambda reference: distance(curves, reference.curves))
-    said = ", ".join(f"{r.name} ({r.paradigm}) {distance(curves, r.curves):.3f}" for r in ranked)
-    first, second = distance(curves, ranked[0].curves), distance(curves, ranked[min(1, len(ranked) - 1)].curves)
+    ranked = sorted(((distance(curves, r.curves), r) for r in references), key=lambda pair: pair[0])
+    said = ", ".join(f"{r.name} ({r.paradigm}) {away:.3f}" for away, r in ranked)
     where = f"mean difference of the three curves: {said}"
-    if len(ranked) > 1 and first > CLEARLY_NEARER * second:
+    if len(ranked) > 1 and ranked[0][0] > CLEARLY_NEARER * ranked[1][0]:
         return f"resembles none of the shipped references of its architecture clearly ({where})"
-    return f"resembles {ranked[0].name} ({ranked[0].paradigm}) most among the references of its architecture ({where})"
+    nearest = ranked[0][1]
+    return f"resembles {nearest.name} ({nearest.paradigm}) most among the references of its architecture ({where})"
 
 
 def _low(result: Estimate) -> float:

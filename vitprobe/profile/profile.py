@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float64
 
 from vitprobe.errors import UserError
 from vitprobe.files import write_atomically
@@ -96,12 +97,18 @@ class Profile:
         Raises:
             UserError: for a statistic that this profile does not hold, with the reason.
         """
-        self._require(statistic)
-        values = self.values.read(statistic).astype(np.float64)
+        values = self._read(statistic)
         if not heads:
             values = values.mean(axis=2)
         if blocks is not None:
             values = values[:, blocks].mean(axis=1)
+        return self._estimate(statistic, values)
+
+    def _read(self, statistic: str) -> Float64[np.ndarray, "image block head"]:
+        self._require(statistic)
+        return self.values.read(statistic).astype(np.float64)
+
+    def _estimate(self, statistic: str, values: Float64[np.ndarray, "image ..."]) -> Estimate:
         return estimate(values, self.values.groups, STATISTICS[statistic].bounds(self.layout))
 
     def table(self, statistics: Sequence[str] | None = None) -> pd.DataFrame:
@@ -122,10 +129,11 @@ class Profile:
         return table
 
     def _frames(self, name: str) -> list[pd.DataFrame]:
-        over_heads, by_head = self.estimate(name), self.estimate(name, heads=True)
-        count = by_head.mean.shape[1]
+        values = self._read(name)  # once for both
+        over_heads = self._estimate(name, values.mean(axis=2))
         frames = [self._frame(name, over_heads, np.arange(self.num_blocks), [None] * self.num_blocks)]
         if STATISTICS[name].per_head:
+            by_head, count = self._estimate(name, values), values.shape[2]
             blocks, heads = np.repeat(np.arange(self.num_blocks), count), np.tile(np.arange(count), self.num_blocks)
             frames.append(self._frame(name, by_head, blocks, heads))
         return frames

@@ -85,13 +85,14 @@ class MemoryValues:
 
 
 class ShardValues:
-    """Values in the shards of a run's folder; only names and groups are held."""
+    """Values in the shards of a run's folder; only the names of images, groups and statistics are held."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()  # read later, when the process may have gone elsewhere
         self.paths = sorted((self.folder / SHARD_FOLDER).glob(SHARDS))
         self.names: list[str] = []
         self.groups: list[str] = []
+        self._statistics: list[str] = []
         for path in self.paths:
             with _open(path) as shard:
                 self._append(shard.metadata() or {}, path)
@@ -100,15 +101,13 @@ class ShardValues:
         try:
             self.names += json.loads(metadata["names"])
             self.groups += json.loads(metadata["groups"])
+            self._statistics = self._statistics or json.loads(metadata["statistics"])
         except (KeyError, json.JSONDecodeError):
             raise UserError(f"{path} is no shard of vitprobe; analyze again with --overwrite") from None
 
     def statistics(self) -> list[str]:
         """Names of the statistics."""
-        if not self.paths:
-            return []
-        with _open(self.paths[0]) as shard:
-            return json.loads(shard.metadata()["statistics"])
+        return list(self._statistics)
 
     def read(self, statistic: str) -> Float32[np.ndarray, "image block head"]:
         """Every image's values of one statistic, from disk."""
