@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,7 +114,6 @@ def unfused_run(model: nn.Module, images: Tensor) -> list[BlockTrace]:
     """Run `model` with hand-written softmax (timm's unfused path) and read A where it enters the attention dropout."""
     blocks = list((model if hasattr(model, "blocks") else model.encoder).blocks)
     traces = [BlockTrace() for _ in blocks]
-    fused = {module: module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
     handles = []
     for block, trace in zip(blocks, traces, strict=True):
         for name, module in block.named_modules():
@@ -122,21 +123,30 @@ def unfused_run(model: nn.Module, images: Tensor) -> list[BlockTrace]:
                         lambda _, args, trace=trace: trace.attention.append(_array(args[0]))
                     )
                 )
-        handles += _watch_tokens(block, trace)
+        handles += watch_tokens(block, trace)
     try:
-        for module in fused:
-            module.fused_attn = False
-        with torch.no_grad():
+        with torch.no_grad(), unfused(model):
             model(images)
     finally:
-        for module, flag in fused.items():
-            module.fused_attn = flag
         for handle in handles:
             handle.remove()
     return traces
 
 
-def _watch_tokens(block: nn.Module, trace: BlockTrace) -> list:
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Fused kernels off for the body."""
+    fused = {module: module.fused_attn for module in model.modules() if hasattr(module, "fused_attn")}
+    try:
+        for module in fused:
+            module.fused_attn = False
+        yield
+    finally:
+        for module, flag in fused.items():
+            module.fused_attn = flag
+
+
+def watch_tokens(block: nn.Module, trace: BlockTrace) -> list:
     """Hook the tokens around the attention of a block, by what the source of its class says."""
     kind = type(block).__name__
     seen: dict[str, list[ndarray]] = {}
@@ -158,7 +168,7 @@ def _watch_tokens(block: nn.Module, trace: BlockTrace) -> list:
         elif kind == "ParallelThingsBlock":  # x + Σ branches
             update, unscaled = sum(seen["branch"]), sum(seen["attn"])
         else:
-            assert kind == "ParallelScalingBlock", kind  # x + projection of attention and MLP together
+            assert kind in ("ParallelScalingBlock", "DiffParallelScalingBlock"), kind  # x + projection of attention and MLP together
         trace.tokens = BlockTokens(residual, output, update, unscaled)
 
     handles = [block.register_forward_hook(finish)]

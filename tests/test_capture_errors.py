@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from helpers import OwnModel, captured, message, state_of, tiny, tiny_vit
+from helpers import OwnModel, captured, message, tiny_vit
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
 
@@ -105,36 +105,34 @@ def test_what_is_no_model() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224", "mixer_s32_224", "hiera_tiny_224"])
-def test_models_without_isotropic_blocks_are_refused_on_entering(name: str) -> None:
-    with torch.device("meta"):
-        model = timm.create_model(name)
-    with pytest.raises(AttentionNotSeenError, match=type(model).__name__) as error:
-        capture(model)
-    assert "isotropic Vision Transformer" in message(error)
-
-
 @pytest.mark.parametrize(
-    ("name", "module", "reason"),
+    ("name", "reason"),
     [
-        ("xcit_nano_12_p16_224", "XCABlock", "attends with queries (1, 4, 32, 196)"),
-        ("cait_xxs24_224", "LayerScaleBlock", "computed no scaled-dot-product attention"),
-        ("convit_tiny", "Block", "computed no scaled-dot-product attention"),
-        ("samvit_base_patch16_224", "Block", "attends with queries (12, 196, 64)"),
-        ("vit_dpwee_patch16_reg1_gap_256", "DiffParallelScalingBlock", "computed 2 attentions"),
-        ("vit_dwee_patch16_reg1_gap_256", "Block", "(differential attention, say)"),
+        ("resnet18", "(ResNet) cannot be captured: it has no attention between tokens"),
+        ("swin_tiny_patch4_window7_224", "(SwinTransformer) cannot be captured: its tokens attend within windows"),
+        ("xcit_nano_12_p16_224", "(Xcit) cannot be captured: it attends from channel to channel"),
+        ("cait_xxs24_224", "(Cait) cannot be captured: it mixes the heads of its attention weights after the softmax"),
+        ("convit_tiny", "(ConVit) cannot be captured: it blends the softmax of its early blocks with a map of"),
+        ("samvit_base_patch16_224", "(VisionTransformerSAM) cannot be captured: its tokens attend within windows"),
+        ("hiera_tiny_224", "(Hiera) cannot be captured: its tokens attend within windows"),
+        ("levit_128s", "(LevitDistilled) cannot be captured: the number of tokens changes from stage to stage"),
+        ("mixer_s32_224", "(MlpMixer) cannot be captured: it mixes tokens with a fixed linear map"),
     ],
 )
-def test_attention_that_cannot_be_seen_names_the_model_and_the_module(name: str, module: str, reason: str) -> None:
+def test_families_that_are_not_isotropic_are_refused_on_entering_with_the_reason(name: str, reason: str) -> None:
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
-    before = state_of(model)
-    height, width = model.pretrained_cfg["input_size"][1:]
-    with pytest.raises(AttentionNotSeenError) as error, torch.no_grad(), capture(model):
-        model(torch.empty(1, 3, height, width, device="meta"))
-    assert message(error).startswith(f"block 0 ({module}) of {type(model).__name__} ")
-    assert reason in message(error)
-    assert state_of(model) == before
+        model = timm.create_model(name)
+    with pytest.raises(AttentionNotSeenError) as error:
+        capture(model)
+    assert message(error).startswith(f"{name} {reason}")
+    assert message(error).endswith("; use an isotropic Vision Transformer (vitprobe models)")
+
+
+def test_a_family_that_is_newer_than_vitprobe() -> None:
+    kind = type("Novel", (torch.nn.Module,), {"__module__": "timm.models.novel_vit"})
+    with pytest.raises(AttentionNotSeenError) as error:
+        capture(kind())
+    assert "Novel (Novel) cannot be captured: timm's family novel_vit is newer than this vitprobe" in message(error)
 
 
 def test_dropped_patches() -> None:
@@ -143,47 +141,41 @@ def test_dropped_patches() -> None:
     with pytest.raises(AttentionNotSeenError) as error:
         captured(model.train())
     assert message(error) == (
-        "block 0 (Block) of VisionTransformer attends with queries (2, 2, 9, 16) and keys (2, 2, 9, 16), but global "
-        "self-attention over 17 tokens (1 prefix + 4x4 patches) was expected; windowed and pooled attention and "
-        "dropped patches are not supported"
+        "block 0 (Block) of VisionTransformer attends from 9 queries to 9 keys, but the layout has 17 tokens (1 prefix "
+        "+ 4x4 patches): a wrong layout is mended with load_model(model, layout=vitprobe.TokenLayout(…)); windowed and "
+        "pooled attention and dropped patches have no such map"
     )
-
-
-def test_hand_written_attention() -> None:
-    model = OwnModel(lambda q, k, v: (q @ k.mT).softmax(-1) @ v)
-    with pytest.raises(AttentionNotSeenError) as error:
-        captured(model)
-    assert message(error).startswith("block 0 (OwnBlock) of OwnModel computed no scaled-dot-product attention, so its ")
 
 
 def test_fewer_keys_or_fewer_queries_than_tokens() -> None:
     attend = F.scaled_dot_product_attention
     fewer_keys = OwnModel(lambda q, k, v: attend(q, k[:, :, ::2], v[:, :, ::2]))
     fewer_queries = OwnModel(lambda q, k, v: attend(q[:, :, ::2], k, v).repeat_interleave(2, dim=2))
-    no_heads = OwnModel(lambda q, k, v: attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).view_as(q))
-    for model, shapes in (
-        (fewer_keys, "queries (2, 2, 16, 8) and keys (2, 2, 8, 8)"),
-        (fewer_queries, "queries (2, 2, 8, 8) and keys (2, 2, 16, 8)"),
-        (no_heads, "queries (4, 16, 8) and keys (4, 16, 8)"),
-    ):
+    for model, counts in ((fewer_keys, "from 16 queries to 8 keys"), (fewer_queries, "from 8 queries to 16 keys")):
         with pytest.raises(AttentionNotSeenError) as error:
             captured(model)
-        assert message(error).startswith(f"block 0 (OwnBlock) of OwnModel attends with {shapes}, but global ")
+        assert message(error).startswith(f"block 0 (OwnBlock) of OwnModel attends {counts}, but the layout has 16 ")
 
 
-def test_patches_instead_of_images() -> None:
-    model = tiny("naflexvit_base_patch16_gap", patch_size=8)
-    coordinates = torch.cartesian_prod(torch.arange(4), torch.arange(4)).expand(1, -1, -1)
-    patches = {
-        "patches": torch.randn(1, 16, 192),
-        "patch_coord": coordinates,
-        "patch_valid": torch.ones(1, 16, dtype=torch.bool),
-    }
-    with pytest.raises(AttentionNotSeenError) as error, torch.no_grad(), capture(model):
-        model(patches)
-    assert message(error) == (
-        "NaFlexVit got patches of shape (1, 16, 192); capture needs a batch of images (B, 3, H, W) to know the patch "
-        "grid"
+def test_windows_as_long_as_the_layout() -> None:
+    """Four windows an image, each of as many tokens as the layout has: only the batch gives them away."""
+    attend = F.scaled_dot_product_attention
+    model = OwnModel(lambda q, k, v: attend(*(t.repeat(4, 1, 1, 1) for t in (q, k, v)))[: len(q)])
+    with pytest.raises(AttentionNotSeenError) as error:
+        captured(model)
+    assert message(error).startswith(
+        "block 0 (OwnBlock) of OwnModel attends with a tensor of shape (8, 2, 16, 8) for 2 images, not (B, H, N, …): "
+        "attention within windows has no map of the image; "
+    )
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(1, 1), torch.nn.Sequential(), torch.nn.ModuleList()])
+def test_models_without_blocks(model: torch.nn.Module) -> None:
+    with pytest.raises(AttentionNotSeenError) as error:
+        capture(model)
+    assert message(error).startswith(
+        f"no list of alike transformer blocks was found in {type(model).__name__}, so there is no attention to "
+        f"capture; if it has some, say it with load_model(model, layout=vitprobe.TokenLayout("
     )
 
 

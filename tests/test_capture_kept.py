@@ -84,7 +84,7 @@ def test_accumulated_batches_of_different_grids() -> None:
         model(images(2, 32))
         model(images(1, 32, 48))
     assert attention.statistics()["cls_entropy"].shape == (3, 2, 2)
-    with pytest.raises(UserError, match="batches of different patch grids were accumulated"):
+    with pytest.raises(UserError, match="these images have different patch grids"):
         attention[0]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from helpers import SMALL, OwnBlock, OwnModel, assert_all_close, assert_close, captured, tiny, tiny_vit
-from vitprobe.hooks.interception import read_call
+from vitprobe.hooks.calls import read_call
 from vitprobe.statistics import STATISTICS
 
 KEYS_MASK = torch.arange(16).view(1, 1, 1, 16) < torch.tensor([12, 16]).view(2, 1, 1, 1)

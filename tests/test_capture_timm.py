@@ -9,7 +9,6 @@ import torch
 from helpers import captured
 from vitprobe.errors import AttentionNotSeenError
 from vitprobe.hooks.capture import Capture
-from vitprobe.models.tokens import find_trunk
 
 ISOTROPIC_FAMILIES = [
     "beit",
@@ -72,7 +71,7 @@ def test_every_isotropic_model_of_timm_is_seen(family: str) -> None:
             assert view.query.shape[-2] == view.layout.num_prefix_tokens + view.layout.num_patches, name
             assert view.residual_norms is not None and view.output_norms is not None, name
             assert (view.update_norms is None) == (view.unscaled_update_norms is None), name
-            kind = type(find_trunk(attention.module).blocks[view.block]).__name__  # type: ignore[index]
+            kind = type(attention.anatomy.blocks[view.block]).__name__
             in_one_sum = kind == "ParallelScalingBlock"  # attention and MLP in one projection
             assert (view.update_norms is None) == in_one_sum, name
     assert refused <= DIFFERENTIAL

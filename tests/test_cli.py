@@ -209,7 +209,7 @@ def test_no_network_for_weights_is_said_within_ten_seconds():
         (["--out", ""], ["--out", "empty"]),
         (["--out", "x" * 300], ["could not be written", "choose another folder (--out)"]),
         (["--model", "vit_tiny_patch16_224.nope"], ["nope"]),
-        (["--model", "resnet18"], ["no list of transformer blocks"]),
+        (["--model", "resnet18"], ["(ResNet) cannot be captured: it has no attention between tokens"]),
         (["--out", "texts"], ["texts is not empty and holds no run"]),
         (["--out", "texts/a.txt"], ["is a file"]),
         (["--checkpoint", "texts/a.txt"], ["a.txt is no checkpoint"]),

@@ -253,7 +253,8 @@ def test_a_hub_repository_that_is_not_timms(empty_caches, no_sockets, config):
     with pytest.raises(UserError) as caught:
         load_model("hf-hub:someone/else")
     assert str(caught.value) == (
-        "hf-hub:someone/else holds no model of timm's: its config.json names no architecture that timm has"
+        "hf-hub:someone/else holds no model of timm's: its config.json names no architecture that timm has; for a "
+        "model of transformers write hf:someone/else"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitprobe.errors import AttentionNotSeenError, UserError
+from vitprobe.hooks.capture import capture
 from vitprobe.models import hub, loading
 from vitprobe.models.building import architecture_of, build, spec_of
 from vitprobe.models.loading import LoadedModel, load_model, require_loadable, weights_sha256
 from vitprobe.models.registry import find_spec
+from vitprobe.models.tokens import TokenLayout
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -260,7 +263,7 @@ def test_a_module_of_timms_brings_its_config():
 
 
 def test_modules_that_cannot_be_probed():
-    with pytest.raises(AttentionNotSeenError, match="Linear has no list of transformer blocks"):
+    with pytest.raises(AttentionNotSeenError, match="no list of alike transformer blocks was found in Linear"):
         load_model(nn.Linear(2, 2))
 
 
@@ -279,8 +282,37 @@ def test_a_compiled_module_is_the_module():
 def test_a_module_that_only_wraps_a_model():
     wrapper = nn.Module()
     wrapper.module = nano(depth=1)
-    assert refusal(nn.DataParallel(nano(depth=1))) == "DataParallel only wraps a model: pass its .module instead"
-    assert refusal(wrapper) == "Module only wraps a model: pass its .module instead"
+    for module in (nn.DataParallel(nano(depth=1)), wrapper):
+        assert refusal(module) == (
+            f"{type(module).__name__} wraps the model and may run copies of it, whose attention cannot be seen; pass "
+            f"model.module, and call that inside the capture"
+        )
+
+
+def test_layout_and_blocks_are_for_modules():
+    layout = TokenLayout((8, 8), has_cls=True, patch_size=(4, 4))
+    assert refusal("mae_vit_nano", layout=layout) == (
+        "layout and blocks are for a module of your own: of a model by name they are known"
+    )
+    module = nano(depth=1)
+    loaded = load_model(module, layout=replace(layout, num_registers=0))
+    assert loaded.layout == layout and load_model(loaded, layout=layout).layout == layout
+    assert refusal(module, layout=replace(layout, num_registers=4)) == (
+        "the layout given has 69 tokens (5 prefix + 8x8 patches), but VisionTransformer makes 65 (1 prefix + 8x8 "
+        "patches) of images of 32×32 pixels: mend the layout, or leave it out"
+    )
+
+
+def test_a_word_on_which_registers_are_other_teachers_cls():
+    """RADIO's prefix is the [cls] of each teacher and registers; timm calls all but the first registers."""
+    module = nano(depth=1, reg_tokens=7)
+    layout = TokenLayout((8, 8), True, num_distillation=2, num_registers=5, patch_size=(4, 4))
+    loaded = load_model(module, layout=layout)
+    with torch.no_grad(), capture(loaded) as attention:
+        loaded(torch.zeros(1, 3, 32, 32))
+    assert attention.layout == layout
+    with pytest.raises(UserError, match="layout and blocks are for a bare module"):
+        capture(loaded, layout=layout)
 
 
 @pytest.mark.parametrize("name", [None, 3])
@@ -436,7 +468,8 @@ def test_files_and_names_that_contradict_each_other(file, tmp_path):
     assert refusal("none.pth") == "there is no checkpoint file none.pth"
     assert refusal("mae_vit_nano", checkpoint=tmp_path / "none.pth").startswith("there is no checkpoint file ")
     assert refusal("owner/name") == (
-        "there is no file owner/name; for a repository of the Hugging Face hub write hf-hub:owner/name"
+        "there is no file owner/name; for a repository of the Hugging Face hub write hf:owner/name (a model of "
+        "transformers) or hf-hub:owner/name (of timm)"
     )
     assert refusal(file, arch="mae_vit_q").startswith("unknown model 'mae_vit_q': did you mean ")
     assert refusal(file, arch="deit_vit_t").startswith(

@@ -141,7 +141,7 @@ def test_row_blocks_equal_the_whole(
     view = random_view(layout, sharpness=sharpness, seed=seed)
     if biased:
         view = replace(view, bias=bias_for(view, seed))
-    blocks = summarize_rows(view.query, view.key, view.scale, view.bias, layout, row_block_bytes=budget)
+    blocks = summarize_rows(view.source, layout, row_block_bytes=budget)
     for name, whole in vars(view.rows).items():
         assert_close(getattr(blocks, name), whole, **bound_of(view))
 

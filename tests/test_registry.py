@@ -71,8 +71,10 @@ def test_entries_are_well_formed():
 @pytest.mark.parametrize(
     ("method", "count"),
     [
-        *(("MAE", 4), ("DINO", 4), ("DINOv2", 8), ("DINOv3", 8), ("I-JEPA", 4), ("EVA-02", 5), ("CLIP", 4)),
+        *(("MAE", 5), ("DINO", 4), ("DINOv2", 8), ("DINOv3", 8), ("I-JEPA", 4), ("EVA-02", 5), ("CLIP", 4)),
         *(("SigLIP 2", 4), ("AIMv2", 4), ("DeiT", 6), ("DeiT III", 5), ("AugReg", 4), ("supervised", 1)),
+        *(("MAE fine-tuned", 3), ("MoCo v3", 2), ("iBOT", 3), ("BEiT", 2), ("BEiT v2", 1), ("data2vec", 2)),
+        *(("data2vec 2.0", 2), ("SimMIM", 1), ("MaskFeat", 2), ("CAPI", 1), ("Franca", 2)),
     ],
 )
 def test_every_method_is_there(method, count):
@@ -110,7 +112,7 @@ def test_list_models():
     table = list_models()
     assert tuple(table.columns) == COLUMNS
     assert list(table["name"]) == [spec.name for spec in all_specs()]
-    assert set(table["status"]) == {"bundled", ""}
+    assert set(table["status"]) == {"bundled", "by hand", "no source", ""}
     assert list(table["name"][table["status"] == "bundled"]) == ["mae_vit_nano", "supervised_vit_nano"]
 
 
@@ -123,7 +125,7 @@ def test_list_models_filters_by_words_in_any_field():
 
 
 def test_list_models_filters_by_paradigm():
-    assert set(list_models(paradigm="jea")["method"]) == {"DINO", "I-JEPA"}
+    assert set(list_models(paradigm="jea")["method"]) == {"DINO", "I-JEPA", "MoCo v3"}
     assert set(list_models("nano", paradigm="MIM")["name"]) == {"mae_vit_nano"}
     with pytest.raises(UserError) as caught:
         list_models(paradigm="SSL")

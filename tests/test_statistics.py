@@ -345,7 +345,9 @@ def test_what_is_undefined_says_why() -> None:
     layout = TokenLayout(grid=(2, 2), has_cls=False, num_registers=1)
     view = random_view(layout, norms=False)
     values = compute_statistics(view)
-    assert set(values) == {name for name, s in STATISTICS.items() if s.needs <= {"registers", "patches"}}
+    assert set(values) == {
+        name for name, s in STATISTICS.items() if s.needs <= {"registers", "patches", "distribution"}
+    }
     assert STATISTICS["cls_entropy"].undefined(layout, frozenset()) == "needs a [cls] token"
     assert STATISTICS["patch_update_ratio"].undefined(layout, frozenset({"residual"})) == (
         "needs an attention update that the block adds on its own, apart from its MLP's"

@@ -124,7 +124,7 @@ def test_rows_hold_what_they_say(layout: TokenLayout) -> None:
 @pytest.mark.parametrize("shape", [None, (1, 3, T, T)])
 def test_any_row_block_gives_the_same(budget: int, shape: tuple[int, ...] | None) -> None:
     view = view_with_bias(shape, dtype=torch.float64)
-    blocks = summarize_rows(view.query, view.key, view.scale, view.bias, view.layout, row_block_bytes=budget)
+    blocks = summarize_rows(view.source, view.layout, row_block_bytes=budget)
     for name, whole in vars(view.rows).items():
         assert_close(getattr(blocks, name), whole, tolerance=1e-12)
 
@@ -198,7 +198,9 @@ def test_a_bias_that_is_the_same_for_all_images_is_held_once() -> None:
 def test_batches_of_other_grids_do_not_join() -> None:
     with pytest.raises(UserError) as error:
         concatenate_views([random_view(LAYOUT), random_view(TokenLayout((4, 3), has_cls=True, num_registers=2))])
-    assert str(error.value) == ("batches of different patch grids were accumulated; read them with accumulate=False")
+    assert str(error.value) == (
+        "these images have different patch grids and no view in common; read views(block), one by one"
+    )
 
 
 def test_norms_of_only_some_batches_are_undefined_for_all() -> None:

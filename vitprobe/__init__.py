@@ -13,10 +13,12 @@ __version__ = "0.1.0"
 # Public name → the module that holds it; None where the name is itself a module.
 _HOME = {
     "Profile": "vitprobe.profile.profile",
+    "TokenLayout": "vitprobe.models.tokens",
     "UserError": "vitprobe.errors",
     "analyze": "vitprobe.profile.analysis",
     "capture": "vitprobe.hooks.capture",
     "figures": None,
+    "hand_over": "vitprobe.hooks.handover",
     "list_models": "vitprobe.models.registry",
     "load_model": "vitprobe.models.loading",
     "open_images": "vitprobe.data.sources",
@@ -25,11 +27,13 @@ _HOME = {
 
 __all__ = [
     "Profile",
+    "TokenLayout",
     "UserError",
     "__version__",
     "analyze",
     "capture",
     "figures",
+    "hand_over",
     "list_models",
     "load_model",
     "open_images",
@@ -41,8 +45,10 @@ if TYPE_CHECKING:
     from vitprobe.data.sources import open_images
     from vitprobe.errors import UserError
     from vitprobe.hooks.capture import capture
+    from vitprobe.hooks.handover import hand_over
     from vitprobe.models.loading import load_model
     from vitprobe.models.registry import list_models
+    from vitprobe.models.tokens import TokenLayout
     from vitprobe.profile.analysis import analyze
     from vitprobe.profile.profile import Profile
 

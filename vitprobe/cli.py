@@ -102,7 +102,7 @@ def main() -> None:
     "models",
     multiple=True,
     metavar="NAME",
-    help="An alias (vitprobe models), any timm name, or hf-hub:…; repeat for several.  [the bundled models]",
+    help="An alias (vitprobe models), any timm name, hf-hub:… or hf:…; repeat for several.  [the bundled models]",
 )
 @click.option("--checkpoint", type=SomePath(), metavar="FILE", help="Weights for --model, or for --arch.")
 @click.option("--arch", metavar="NAME", help="The architecture of --checkpoint: an alias or a timm architecture.")

@@ -8,6 +8,7 @@ mass, that subtraction would leave nothing but rounding. The N×N matrix exists 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,45 +44,75 @@ class RowSummary:
     distance: Float[Tensor, "batch head patch"]
 
 
-def summarize_rows(
-    query: Float[Tensor, "batch head token dim"],
-    key: Float[Tensor, "batch head token dim"],
-    scale: float,
-    bias: Float[Tensor, "*#broadcast token token"] | None,
-    layout: TokenLayout,
-    row_block_bytes: int | None = None,
-) -> RowSummary:
-    """One exact pass over the attention logits, `row_block_bytes` (default `ROW_BLOCK_BYTES`) of them at a time.
+@dataclass(frozen=True, eq=False)
+class Logits:
+    """The logits of one batch, computed some rows at a time.
 
-    float16 and bfloat16 inputs are computed in float32, float64 stays float64.
+    Attributes:
+        rows: a slice of query positions → the logits of these rows, `(B, H, rows, T)`, in `dtype`.
+        shape: `(B, H, T)`.
+        device: where they are.
+        dtype: float32, or float64 for float64 input.
+        masked: whether some may be −∞.
+    """
+
+    rows: Callable[[slice], Tensor]
+    shape: tuple[int, int, int]
+    device: torch.device
+    dtype: torch.dtype
+    masked: bool
+
+
+def product_logits(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Logits:
+    """The logits `scale·q·kᵀ + bias` of `(B, H, T, d)` queries and keys; of float16 and bfloat16 in float32.
+
+    The bias is broadcastable to `(B, H, T, T)`.
     """
     wide = torch.promote_types(query.dtype, torch.float32)
+    keys = key.to(wide).transpose(-2, -1)
+
+    def rows(wanted: slice) -> Tensor:
+        logits = scale * (query[:, :, wanted].to(wide) @ keys)
+        if bias is not None:
+            logits += bias[..., wanted, :].to(wide)
+        return logits
+
     batch, heads, tokens, _ = query.shape
+    return Logits(rows, (batch, heads, tokens), query.device, wide, bias is not None)
+
+
+def given_logits(logits: Tensor) -> Logits:
+    """Logits `(B, H, T, T)` that are there already."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    batch, heads, tokens, _ = logits.shape
+    return Logits(lambda wanted: logits[:, :, wanted].to(wide), (batch, heads, tokens), logits.device, wide, True)
+
+
+def summarize_rows(logits: Logits, layout: TokenLayout, row_block_bytes: int | None = None) -> RowSummary:
+    """One exact pass over the attention logits, `row_block_bytes` (default `ROW_BLOCK_BYTES`) of them at a time."""
+    wide, (batch, heads, tokens) = logits.dtype, logits.shape
     prefix, budget = layout.num_prefix_tokens, row_block_bytes or ROW_BLOCK_BYTES
     rows_at_once = max(1, budget // (batch * heads * tokens * wide.itemsize))
-    centers = layout.centers.to(query.device, wide)
+    centers = layout.centers.to(logits.device, wide)
 
     log_z_prefix, log_z_patches, self_logits, prefix_logits, entropies, distances = ([] for _ in range(6))
-    with exact_float32(query.device):
-        keys = key.to(wide).transpose(-2, -1)
+    with exact_float32(logits.device):
         for start in range(0, tokens, rows_at_once):
             rows = slice(start, min(start + rows_at_once, tokens))
-            logits = scale * (query[:, :, rows].to(wide) @ keys)
-            if bias is not None:
-                logits += bias[..., rows, :].to(wide)
-            count = logits.shape[-2]
-            self_logits.append(logits.diagonal(offset=start, dim1=-2, dim2=-1).clone())
-            prefix_logits.append(logits[..., :prefix].clone())
+            block = logits.rows(rows)
+            count = block.shape[-2]
+            self_logits.append(block.diagonal(offset=start, dim1=-2, dim2=-1).clone())
+            prefix_logits.append(block[..., :prefix].clone())
             log_z_prefix.append(prefix_logits[-1].logsumexp(dim=-1))
 
-            patch_logits = logits[..., prefix:]
+            patch_logits = block[..., prefix:]
             maximum = patch_logits.amax(dim=-1, keepdim=True)
-            if bias is not None:  # a row that may look at no patch has a mass of e^(−inf) there, not NaN
+            if logits.masked:  # a row that may look at no patch has a mass of e^(−inf) there, not NaN
                 maximum = maximum.clamp(min=torch.finfo(wide).min)
             below = maximum - patch_logits  # m − s ≥ 0
             weights = torch.exp(-below)
             total = weights.sum(dim=-1)
-            if bias is not None:  # a masked key (s = −inf) has no weight, and 0·inf must count as 0
+            if logits.masked:  # a masked key (s = −inf) has no weight, and 0·inf must count as 0
                 below = below.masked_fill(patch_logits == -torch.inf, 0)
             log_z_patches.append(maximum[..., 0] + total.log())
             # H = log Σ e^(s−m) + Σ p·(m−s): both terms are ≥ 0, so nothing cancels.

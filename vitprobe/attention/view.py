@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 import torch
@@ -10,18 +10,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitprobe.attention.precision import exact_float32
-from vitprobe.attention.rows import RowSummary, summarize_rows
+from vitprobe.attention.rows import Logits, RowSummary, given_logits, product_logits, summarize_rows
 from vitprobe.errors import UserError
 from vitprobe.models.tokens import TokenLayout
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionView:
-    """The attention of one block for one batch, held as its factors: O(N) memory instead of O(N²).
+    """The attention of one block for one batch: its factors, O(N) memory, or its logits where a model showed only them.
 
     Attributes:
         block: the block's number, from 0.
-        query: queries after any normalisation and rotary embedding, `(B, H, N, d)`.
+        query: queries after any normalisation and rotary embedding, `(B, H, N, d)`; None where `logits` are given.
         key: keys, the same.
         scale: what the product of query and key is multiplied by.
         bias: what is added to the scaled product before the softmax, broadcastable to `(B, H, N, N)`, or None.
@@ -31,11 +31,14 @@ class AttentionView:
             in one sum.
         unscaled_update_norms: the same before LayerScale or a post-norm.
         output_norms: norm of each token leaving the block, `(B, N)`.
+        logits: what the softmax is taken of, `(B, H, N, N)`, where queries and keys are not known.
+        subtracted: in differential attention, A = A1 − λ·A2: the view of A2. This one is A1.
+        subtracted_weight: λ, one number.
     """
 
     block: int
-    query: Float[Tensor, "batch head token dim"]
-    key: Float[Tensor, "batch head token dim"]
+    query: Float[Tensor, "batch head token dim"] | None
+    key: Float[Tensor, "batch head token dim"] | None
     scale: float
     bias: Float[Tensor, "*#broadcast token token"] | None
     layout: TokenLayout
@@ -43,16 +46,51 @@ class AttentionView:
     update_norms: Float[Tensor, "batch token"] | None = None
     unscaled_update_norms: Float[Tensor, "batch token"] | None = None
     output_norms: Float[Tensor, "batch token"] | None = None
+    logits: Float[Tensor, "batch head token token"] | None = None
+    subtracted: AttentionView | None = None
+    subtracted_weight: Float[Tensor, ""] | None = None
+
+    @classmethod
+    def from_probabilities(
+        cls, block: int, probabilities: Float[Tensor, "batch head token token"], layout: TokenLayout
+    ) -> AttentionView:
+        """A view of attention weights themselves, such as a model returned them; rows must sum to 1.
+
+        Raises:
+            UserError: for weights that are no probabilities, or of another number of tokens than the layout's.
+        """
+        if probabilities.shape[-1] != layout.num_tokens:
+            raise UserError(
+                f"the weights are over {probabilities.shape[-1]} tokens, but the layout has {layout.num_tokens}: "
+                f"give the layout of these tokens"
+            )
+        sums = probabilities.sum(dim=-1, dtype=torch.promote_types(probabilities.dtype, torch.float32))
+        if bool((probabilities < 0).any()) or bool(((sums - 1).abs() > 1e-2).any()):
+            raise UserError("the weights are no probabilities: each row must be at least 0 and sum to 1")
+        return cls(block, None, None, 1.0, None, layout, logits=probabilities.log())
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Images, heads and tokens `(B, H, N)`."""
+        return self.source.shape
 
     @property
     def num_heads(self) -> int:
         """Heads H."""
-        return self.query.shape[1]
+        return self.shape[1]
+
+    @cached_property
+    def source(self) -> Logits:
+        """The logits, some rows at a time."""
+        if self.logits is not None:
+            return given_logits(self.logits)
+        assert self.query is not None and self.key is not None
+        return product_logits(self.query, self.key, self.scale, self.bias)
 
     @cached_property
     def rows(self) -> RowSummary:
         """Normalisers, entropies, distances and prefix weights of each row: one pass over blocks of rows."""
-        return summarize_rows(self.query, self.key, self.scale, self.bias, self.layout)
+        return summarize_rows(self.source, self.layout)
 
     def probabilities(self, head: int | None = None) -> Tensor:
         """The attention weights themselves, in float32 or wider.
@@ -61,29 +99,76 @@ class AttentionView:
             head: one head's weights; without it all heads', which takes `4·B·H·N²` bytes.
 
         Returns:
-            `(B, N, N)` for one head, `(B, H, N, N)` for all; rows (queries) sum to 1.
+            `(B, N, N)` for one head, `(B, H, N, N)` for all; rows (queries) sum to 1. Of differential attention
+            A1 − λ·A2, whose rows sum to 1 − λ and which may be negative.
 
         Raises:
             UserError: for a head that the block does not have.
         """
-        if head is not None and not -self.num_heads <= head < self.num_heads:
+        if head is None:
+            view = self
+        elif -self.num_heads <= head < self.num_heads:
+            view = self._of_head(head % self.num_heads)
+        else:
             raise UserError(
                 f"block {self.block} has heads 0 to {self.num_heads - 1}, not {head}; choose one of these, or leave "
                 f"head out for all"
             )
-        query, key, bias = self.query, self.key, self.bias
-        if head is not None:
-            head %= self.num_heads
-            query, key = query[:, head : head + 1], key[:, head : head + 1]
-            if bias is not None and bias.ndim >= 3 and bias.shape[-3] > 1:
-                bias = bias[..., head : head + 1, :, :]
-        wide = torch.promote_types(query.dtype, torch.float32)
-        with exact_float32(query.device):
-            logits = self.scale * (query.to(wide) @ key.to(wide).transpose(-2, -1))
-            if bias is not None:
-                logits = logits + bias.to(wide)
-            weights = logits.softmax(dim=-1)
+        with exact_float32(view.source.device):
+            weights = view.source.rows(slice(None)).softmax(dim=-1)
+        if view.subtracted is not None and view.subtracted_weight is not None:
+            weights = weights - view.subtracted_weight * view.subtracted.probabilities()
         return weights if head is None else weights[:, 0]
+
+    def _of_head(self, head: int) -> AttentionView:
+        """The same with this head alone."""
+
+        def one(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or tensor.ndim < 3 or tensor.shape[-3] == 1:
+                return tensor
+            return tensor[..., head : head + 1, :, :]
+
+        return replace(
+            self,
+            query=one(self.query),
+            key=one(self.key),
+            bias=one(self.bias),
+            logits=one(self.logits),
+            subtracted=None if self.subtracted is None else self.subtracted._of_head(head),
+        )
+
+    def of_image(self, image: int, layout: TokenLayout) -> AttentionView:
+        """One image of a batch padded to one length: its own tokens come first, what follows them is dropped."""
+        count = layout.num_tokens
+
+        def pairs(tensor: Tensor | None) -> Tensor | None:
+            """Of what is there for each query and key."""
+            if tensor is None:
+                return None
+            if tensor.ndim == 4 and tensor.shape[0] > 1:
+                tensor = tensor[image : image + 1]
+            return tensor[..., :count, :count]
+
+        def tokens(tensor: Tensor | None) -> Tensor | None:
+            """Of what is there for each token, its second-last or last axis."""
+            if tensor is None:
+                return None
+            tensor = tensor[image : image + 1]
+            return tensor[:, :count] if tensor.ndim == 2 else tensor[:, :, :count]
+
+        return replace(
+            self,
+            query=tokens(self.query),
+            key=tokens(self.key),
+            bias=pairs(self.bias),
+            logits=pairs(self.logits),
+            layout=layout,
+            subtracted=None if self.subtracted is None else self.subtracted.of_image(image, layout),
+            **{name: tokens(getattr(self, name)) for name in _NORMS},
+        )
+
+
+_NORMS = [field.name for field in fields(AttentionView) if field.name.endswith("_norms")]
 
 
 def concatenate_views(views: list[AttentionView]) -> AttentionView:
@@ -96,23 +181,21 @@ def concatenate_views(views: list[AttentionView]) -> AttentionView:
         return views[0]
     first = views[0]
     if any(view.layout != first.layout for view in views):
-        raise UserError("batches of different patch grids were accumulated; read them with accumulate=False")
+        raise UserError("these images have different patch grids and no view in common; read views(block), one by one")
 
-    def joined(parts: list[Tensor | None]) -> Tensor | None:
-        present = [part for part in parts if part is not None]
-        return torch.cat(present) if len(present) == len(parts) else None
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(view, name) for view in views]
+        return None if any(part is None for part in parts) else torch.cat(parts)
 
-    return AttentionView(
-        block=first.block,
-        query=torch.cat([view.query for view in views]),
-        key=torch.cat([view.key for view in views]),
-        scale=first.scale,
+    subtracted = [view.subtracted for view in views if view.subtracted is not None]
+    return replace(
+        first,
+        query=joined("query"),
+        key=joined("key"),
         bias=_joined_bias(views),
-        layout=first.layout,
-        residual_norms=joined([view.residual_norms for view in views]),
-        update_norms=joined([view.update_norms for view in views]),
-        unscaled_update_norms=joined([view.unscaled_update_norms for view in views]),
-        output_norms=joined([view.output_norms for view in views]),
+        logits=joined("logits"),
+        subtracted=concatenate_views(subtracted) if subtracted else None,
+        **{name: joined(name) for name in _NORMS},
     )
 
 
@@ -126,9 +209,9 @@ def _joined_bias(views: list[AttentionView]) -> Tensor | None:
         same = [bias is not None and bias.shape == first.shape and torch.equal(bias, first) for bias in biases]
         if all(same):
             return first
-    nothing = views[0].query.new_zeros(1, 1)
     parts = []
     for view, bias in zip(views, biases, strict=True):
-        batch, heads, tokens, _ = view.query.shape
+        batch, heads, tokens = view.shape
+        nothing = torch.zeros(1, 1, dtype=view.source.dtype, device=view.source.device)
         parts.append((nothing if bias is None else bias).expand(batch, heads, tokens, tokens))
     return torch.cat(parts)

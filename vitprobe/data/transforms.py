@@ -86,8 +86,8 @@ def model_transform(
     """The transform for a model's images.
 
     Args:
-        module: the model. One without timm's `pretrained_cfg` gets timm's defaults (bicubic, crop of 0.875, ImageNet's
-            mean and std, 224 pixels unless its patch embedding says otherwise).
+        module: the model. One without timm's `pretrained_cfg` or open_clip's `preprocess_cfg` gets timm's defaults
+            (bicubic, crop of 0.875, ImageNet's mean and std, 224 pixels unless its patch embedding says otherwise).
         mode: "model" for what timm's config says of this model; "paper" for what Beyond [cls] (arXiv 2412.03215) gave
             every model: shorter side to int(size·16/14), bicubic, centre crop, ImageNet's mean and std.
         img_size: pixels of the result, a side or (height, width); by default what the model was built for.
@@ -100,7 +100,7 @@ def model_transform(
             f"there is no transform {mode!r}: use 'model' (what the model was trained with, from timm's config) "
             f"or 'paper' (shorter side to 256 for a crop of 224, bicubic, ImageNet's mean and std)"
         )
-    config = resolve_model_data_config(module)
+    config = resolve_model_data_config(module) | _open_clips_word(module)
     size = _size(module, config, img_size)
     if mode == "paper":
         return ImageTransform(mode, size, PAPER_CROP, "center", "bicubic", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
@@ -113,6 +113,21 @@ def model_transform(
         mean=tuple(map(float, config["mean"])),
         std=tuple(map(float, config["std"])),
     )
+
+
+def _open_clips_word(module: nn.Module) -> dict[str, Any]:
+    """What open_clip says of the images of its model in `preprocess_cfg`, in timm's words; nothing for any other."""
+    said: Any = getattr(module, "preprocess_cfg", None)
+    if not isinstance(said, dict):
+        return {}
+    modes = {"shortest": "center", "longest": "border", "squash": "squash"}
+    return {
+        "mean": said["mean"],
+        "std": said["std"],
+        "interpolation": said["interpolation"],
+        "crop_mode": modes[said["resize_mode"]],
+        "crop_pct": 1.0,
+    }
 
 
 def _size(module: nn.Module, config: dict[str, Any], img_size: int | tuple[int, int] | None) -> tuple[int, int]:

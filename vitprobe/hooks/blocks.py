@@ -9,73 +9,46 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vitprobe.hooks.interception import AttentionCall
+from vitprobe.hooks.calls import AttentionCall
+from vitprobe.hooks.updates import Update, attention_branches, hook_branch, tensor_of
 
 
 class BlockRecord:
     """What one run of one block showed: its attention calls and the norms of its tokens, `(B, N)` each."""
 
-    def __init__(self, block: int, residual: Tensor | None) -> None:
+    def __init__(self, block: int, residual: Tensor | None, num_branches: int, checked: bool) -> None:
         self.block = block
         self.calls: list[AttentionCall] = []
         self.residual_norms = None if residual is None else token_norms(residual)
         self.output_norms: Tensor | None = None
-        self._updates = _BranchSum()
-        self._unscaled_updates = _BranchSum()
-
-    def attention_ended(self, output: Tensor) -> None:
-        """Take the output of an attention module: a branch's update before LayerScale or a post-norm."""
-        self._unscaled_updates.add(output)
-
-    def drop_path_began(self, update: Tensor) -> None:
-        """Take what enters a drop-path: the update as it is added. One that follows no attention is the MLP's."""
-        if self._updates.count < self._unscaled_updates.count:
-            self._updates.add(update)
+        # Of several branches the updates are added first. Of one, its norms are all that is kept.
+        self._several = num_branches > 1
+        keep = torch.clone if self._several else token_norms
+        # A copy of the residual, as the block may add to it in place.
+        before = residual.detach().clone() if checked and residual is not None else None
+        self.updates = [Update(before, keep) for _ in range(num_branches)]
 
     @property
     def update_norms(self) -> Tensor | None:
         """Norms of what attention adds to the residual stream, all branches together; None if that was not seen."""
-        return self._updates.norms if self._updates.count == self._unscaled_updates.count else None
+        return self._norms([update.added for update in self.updates])
 
     @property
     def unscaled_update_norms(self) -> Tensor | None:
         """The same before LayerScale."""
-        return self._unscaled_updates.norms
+        return self._norms([update.unscaled for update in self.updates])
 
-
-class _BranchSum:
-    """What a block's attention branches add together, and the norms of that.
-
-    The norms are taken at once: what comes behind (a LayerScale, say) may work in place.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.norms: Tensor | None = None
-        self._total: Tensor | None = None
-
-    def add(self, update: Tensor) -> None:
-        self._total = update.detach() if self._total is None else self._total + update.detach()
-        self.norms = token_norms(self._total)
-        self.count += 1
+    def _norms(self, updates: list[Tensor | None]) -> Tensor | None:
+        seen = [update for update in updates if update is not None]
+        if not seen or len(seen) < len(updates):
+            return None
+        return token_norms(torch.stack(seen).sum(dim=0)) if self._several else seen[0]
 
 
 def token_norms(tokens: Tensor) -> Tensor:
     """Euclidean norm of each token, `(B, …, D)` → `(B, N)`, in float32 or wider."""
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return torch.linalg.vector_norm(tokens.detach().to(wide), dim=-1).flatten(1)
-
-
-def attention_branches(block: Any) -> list[tuple[nn.Module, nn.Module]]:
-    """The (attention, drop-path) pairs of a timm block; none for a block that adds attention and MLP in one sum."""
-    holders = block.attns if hasattr(block, "attns") else [block]
-    pairs = []
-    for holder in holders:
-        attention = getattr(holder, "attn", None)
-        drop_path = getattr(holder, "drop_path1", getattr(holder, "drop_path", None))
-        if attention is not None and drop_path is not None:
-            pairs.append((attention, drop_path))
-    return pairs
 
 
 def hook_block(
@@ -85,43 +58,25 @@ def hook_block(
     started: Callable[[BlockRecord], None],
     finished: Callable[[BlockRecord], None],
 ) -> list[RemovableHandle]:
-    """Hook `block` so that `started` and `finished` get the record of each of its runs that is `wanted`.
-
-    What attention adds to the residual stream is the input of the drop-path behind it, whether LayerScale, a bare
-    gamma or a post-norm came before: timm's blocks all have one, be it an identity.
-    """
+    """Hook `block` so that `started` and `finished` get the record of each of its runs that is `wanted`."""
     running: list[BlockRecord] = []  # the record of the run under way, if that is wanted
+    branches = attention_branches(block)
+    checked = any(branch.others for branch in branches)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.clear()  # an aborted run is left behind here
         if wanted():
-            running.append(BlockRecord(index, first_tensor((*args, *kwargs.values()))))
+            running.append(BlockRecord(index, tensor_of((*args, *kwargs.values())), len(branches), checked))
             started(running[0])
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if running:
             record = running.pop()
-            tokens = first_tensor(output)
+            tokens = tensor_of(output)
             record.output_norms = None if tokens is None else token_norms(tokens)
             finished(record)
 
-    def after_attention(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        update = first_tensor(output)
-        if running and update is not None:
-            running[0].attention_ended(update)
-
-    def before_drop_path(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if running:
-            running[0].drop_path_began(args[0])
-
     handles = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
-    for attention, drop_path in attention_branches(block):
-        handles.append(attention.register_forward_hook(after_attention))
-        handles.append(drop_path.register_forward_pre_hook(before_drop_path))
+    for number, branch in enumerate(branches):
+        handles += hook_branch(branch, lambda number=number: running[0].updates[number] if running else None)
     return handles
-
-
-def first_tensor(values: Any) -> Tensor | None:
-    """The tensor that `values` is, or that comes first in it; None for anything else."""
-    first = values[0] if isinstance(values, tuple | list) and values else values
-    return first if isinstance(first, Tensor) else None

@@ -12,16 +12,14 @@ from torch import Tensor, nn
 
 from vitprobe.attention.view import AttentionView, concatenate_views
 from vitprobe.errors import AttentionNotSeenError, UserError
-from vitprobe.hooks.blocks import BlockRecord, first_tensor, hook_block
-from vitprobe.hooks.interception import AttentionCall, AttentionWatcher
-from vitprobe.models.tokens import (
-    TokenLayout,
-    find_patch_embedding,
-    find_trunk,
-    is_wrapper,
-    token_layout,
-    uncompiled,
-)
+from vitprobe.hooks.blocks import BlockRecord, hook_block
+from vitprobe.hooks.calls import AttentionCall
+from vitprobe.hooks.interception import AttentionWatcher
+from vitprobe.hooks.transformers_kernels import watch_kernels
+from vitprobe.hooks.views import views_of
+from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor
+from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import compute_statistics, select
 from vitprobe.statistics.table import available_needs
 
@@ -34,6 +32,8 @@ def capture(
     keep: Keep | str = "qk",
     statistics: Sequence[str] | None = None,
     accumulate: bool = False,
+    layout: TokenLayout | None = None,
+    blocks: Sequence[nn.Module] | None = None,
 ) -> Capture:
     """A context in which every forward pass of `model` leaves its attention to be read.
 
@@ -42,64 +42,71 @@ def capture(
 
     Args:
         model: a Vision Transformer: what `load_model` gave, or a bare `nn.Module`, compiled or not.
-        keep: "qk" holds queries and keys, for maps and statistics; "statistics" holds the numbers alone, O(B·H) a
-            block.
+        keep: "qk" holds queries and keys, for maps and statistics (of a model that calls softmax by hand its N×N
+            logits); "statistics" holds the numbers alone, O(B·H) a block.
         statistics: the names to compute; all of them without.
         accumulate: append each batch to the ones before; otherwise a new forward pass replaces the last one's.
+        layout: which token is what, for a bare module of which that is not found.
+        blocks: the transformer blocks in the order in which they run, likewise.
 
     Raises:
-        AttentionNotSeenError: for a model without transformer blocks or patch embedding, or inside a wrapper that
-            runs copies of it (DataParallel and its like), and during a forward pass for a block whose attention cannot
-            be seen. Never is the result silently empty.
-        UserError: for an unknown `keep` or statistic, for no statistic at all, or for what is no model.
+        AttentionNotSeenError: for a model whose blocks or patch grid are not found, of an unsupported kind, or inside
+            a wrapper that runs copies of it (DataParallel and its like), and during a forward pass for a block whose
+            attention cannot be seen. Never is the result silently empty.
+        UserError: for an unknown `keep` or statistic, for no statistic at all, for what is no model, or for a layout
+            that contradicts it.
     """
     if keep not in ("qk", "statistics"):
         raise UserError(
             f"keep={keep!r} is not known; choose 'qk' (maps and statistics) or 'statistics' (numbers alone)"
         )
-    module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
-    if not isinstance(module, nn.Module):
-        raise UserError(
-            f"capture takes a model (what load_model returns, or a torch.nn.Module), not a {type(model).__name__}"
-        )
-    module = uncompiled(module)
-    if is_wrapper(module):
-        raise AttentionNotSeenError(
-            f"{type(module).__name__} wraps the model and may run copies of it, whose attention cannot be seen; pass "
-            f"model.module, and call that inside the capture"
-        )
+    known = getattr(model, "anatomy", None)  # of a LoadedModel
+    if not isinstance(known, Anatomy):
+        module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
+        if not isinstance(module, nn.Module):
+            raise UserError(
+                f"capture takes a model (what load_model returns, or a torch.nn.Module), not a {type(model).__name__}"
+            )
+        known = find_anatomy(module, layout, blocks)
+    elif layout is not None or blocks is not None:
+        raise UserError("layout and blocks are for a bare module: give them to load_model(module, …) instead")
     select(statistics)
-    return Capture(module, keep, statistics, accumulate)
+    return Capture(known, keep, statistics, accumulate)
 
 
 class Capture:
     """What `capture` yields: one `AttentionView` a block by index, and the statistics of all blocks.
 
     Attributes:
-        module: the model; of a compiled one, what it was compiled from.
+        module: the model; of a compiled one, what it was compiled from; of one of images and texts, its image tower.
+        anatomy: where it keeps its parts.
         keep: "qk" or "statistics".
-        layout: the token layout of the last images; None before them.
+        layouts: the token layout of the last images; one for each of them where they were padded; None before.
         pooling_attention: with keep="qk", the attention calls of a forward pass outside its blocks: the pooling of
             its head, from one or a few learned queries to all tokens. They are in no statistic.
         undefined: statistics that this model does not have, with the reason; filled by a forward pass.
+        signed: whether its attention is a difference A1 − λ·A2, whose weights may be negative (differential attention).
     """
 
-    def __init__(self, module: nn.Module, keep: Keep | str, statistics: Sequence[str] | None, accumulate: bool) -> None:
-        self.module = module
+    def __init__(self, anatomy: Anatomy, keep: Keep | str, statistics: Sequence[str] | None, accumulate: bool) -> None:
+        self.anatomy = anatomy
+        self.module = anatomy.module
         self.keep = keep
-        self.layout: TokenLayout | None = None
+        self.layouts: Layouts | None = None
         self.pooling_attention: list[AttentionCall] = []
         self.undefined: dict[str, str] = {}
+        self.signed = False
         self._names = None if statistics is None else [statistic.name for statistic in select(statistics)]
         self._accumulate = accumulate
-        self._blocks: list[nn.Module] = list(find_trunk(module).blocks)  # type: ignore[arg-type]
-        token_layout(module)  # raises where the patch grid cannot be known
-        self._views: list[list[AttentionView]] = [[] for _ in self._blocks]
-        self._values: list[list[dict[str, Tensor]]] = [[] for _ in self._blocks]
+        self._blocks = anatomy.blocks
+        self._batch = 0  # images in the last forward pass
+        # Of each block, for each forward pass: its views, or the values of its views.
+        self._kept: list[list[list[Any]]] = [[] for _ in self._blocks]
         self._running: BlockRecord | None = None  # the block that attention calls belong to now
         self._in_forward = False  # inside a call of the model itself; forward_features alone is no such call
         self._seen: set[int] | None = None  # blocks that ran since the images came; None: no images, no pass
         self._cleanup: ExitStack | None = None
+        self._watcher = AttentionWatcher(self._attention_called)
 
     # The context ------------------------------------------------------------------------------------------------------
 
@@ -112,7 +119,7 @@ class Capture:
             handles = [
                 self.module.register_forward_pre_hook(self._forward_began),
                 self.module.register_forward_hook(self._forward_ended, always_call=True),
-                find_patch_embedding(self.module).register_forward_pre_hook(self._images_came, with_kwargs=True),
+                self.anatomy.images_enter.register_forward_pre_hook(self._images_came, with_kwargs=True),
             ]
             for index, block in enumerate(self._blocks):
                 handles += hook_block(block, index, self._in_pass, self._block_started, self._block_finished)
@@ -124,7 +131,9 @@ class Capture:
                     if getattr(part, "fused_attn", None) is False:
                         part.fused_attn = True  # type: ignore[assignment]
                         stack.callback(setattr, part, "fused_attn", False)
-            stack.enter_context(AttentionWatcher(self._attention_called))
+            self.anatomy.prepare(stack)
+            watch_kernels(stack, self.module)
+            stack.enter_context(self._watcher)
             self._cleanup = stack.pop_all()
         return self
 
@@ -154,20 +163,15 @@ class Capture:
     def _images_came(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _in_backward():
             return
+        self.layouts = self.anatomy.read_input(args, kwargs)
         images = first_tensor((*args, *kwargs.values()))
-        if images is None or images.ndim != 4:
-            came = "no tensor" if images is None else f"patches of shape {tuple(images.shape)}"
-            raise AttentionNotSeenError(
-                f"{self._model_name} got {came}; capture needs a batch of images (B, 3, H, W) to know the patch grid"
-            )
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-        self.layout = token_layout(self.module, size)
+        self._batch = 0 if images is None else len(images)
         self._seen, self._running = set(), None
         if not self._accumulate:
             self.undefined = {}
             self.pooling_attention.clear()
         keep = self._complete if self._accumulate else 0  # what an aborted pass left is dropped
-        for kept in (*self._views, *self._values):
+        for kept in self._kept:
             del kept[keep:]
 
     def _in_pass(self) -> bool:
@@ -177,11 +181,14 @@ class Capture:
     def _block_started(self, record: BlockRecord) -> None:
         self._running = record
 
-    def _attention_called(self, call: AttentionCall) -> None:
+    def _attention_called(self, call: AttentionCall) -> bool:
+        """Take an attention call; whether it belongs to a block."""
         if self._running is not None:
             self._running.calls.append(call)
-        elif self._in_forward and self.keep == "qk" and not _in_backward():
+            return True
+        if self._in_forward and self.keep == "qk" and call.logits is None and not _in_backward():
             self.pooling_attention.append(call)
+        return False
 
     def _block_finished(self, record: BlockRecord) -> None:
         self._running = None
@@ -191,57 +198,18 @@ class Capture:
                 f"{self._where(record)} ran twice in one forward pass, so it has no single attention map"
             )
         self._seen.add(record.block)
-        view = self._view(record)
+        assert self.layouts is not None  # images came before blocks ran
+        views = views_of(record, self._blocks[record.block], self.layouts, self._batch, self._model_name)
+        self._watcher.forget()
+        self.signed = views[0].subtracted is not None
         for statistic in select(self._names):
-            reason = statistic.undefined(view.layout, available_needs(view))
+            reason = statistic.undefined(views[0].layout, available_needs(views[0]), self.signed)
             if reason is not None:
                 self.undefined[statistic.name] = reason
-        if self.keep == "qk":
-            self._views[record.block].append(view)
+        if self.keep == "statistics":
+            self._kept[record.block].append([compute_statistics(view, self._names) for view in views])
         else:
-            self._values[record.block].append(compute_statistics(view, self._names))
-
-    def _view(self, record: BlockRecord) -> AttentionView:
-        """The view of a finished block, or an error that says why there is none."""
-        where, calls = self._where(record), record.calls
-        if not calls:
-            raise AttentionNotSeenError(
-                f"{where} computed no scaled-dot-product attention, so its attention cannot be seen; use a model whose "
-                f"blocks call torch.nn.functional.scaled_dot_product_attention (vitprobe models)"
-            )
-        if len(calls) > 1 and not hasattr(self._blocks[record.block], "attns"):
-            raise AttentionNotSeenError(
-                f"{where} computed {len(calls)} attentions that are not heads of one (differential attention, say), so "
-                f"it has no single attention map"
-            )
-        assert self.layout is not None  # images came before blocks ran
-        tokens = self.layout.num_tokens
-        for call in calls:
-            if call.query.ndim != 4 or call.query.shape[-2] != tokens or call.key.shape[-2] != tokens:
-                raise AttentionNotSeenError(
-                    f"{where} attends with queries {tuple(call.query.shape)} and keys {tuple(call.key.shape)}, but "
-                    f"global self-attention over {tokens} tokens ({self.layout.num_prefix_tokens} prefix + "
-                    f"{self.layout.grid[0]}x{self.layout.grid[1]} patches) was expected; windowed and pooled attention "
-                    f"and dropped patches are not supported"
-                )
-        expected = (calls[0].query.shape[0], tokens)
-
-        def fitting(norms: Tensor | None) -> Tensor | None:
-            """Norms of `(B, N)` tokens; a block that orders its tokens otherwise has no residual statistics."""
-            return norms if norms is not None and norms.shape == expected else None
-
-        return AttentionView(
-            block=record.block,
-            query=torch.cat([call.query for call in calls], dim=1) if len(calls) > 1 else calls[0].query,
-            key=torch.cat([call.key for call in calls], dim=1) if len(calls) > 1 else calls[0].key,
-            scale=calls[0].scale,
-            bias=calls[0].bias,
-            layout=self.layout,
-            residual_norms=fitting(record.residual_norms),
-            update_norms=fitting(record.update_norms),
-            unscaled_update_norms=fitting(record.unscaled_update_norms),
-            output_norms=fitting(record.output_norms),
-        )
+            self._kept[record.block].append(views)
 
     def _where(self, record: BlockRecord) -> str:
         return f"block {record.block} ({type(self._blocks[record.block]).__name__}) of {self._model_name}"
@@ -256,12 +224,26 @@ class Capture:
         """Blocks of the model."""
         return len(self._blocks)
 
+    @property
+    def layout(self) -> TokenLayout | None:
+        """The token layout that the last images have in common; None before them, or where their grids differ."""
+        layouts = self.layouts if isinstance(self.layouts, tuple) else (self.layouts,)
+        return layouts[0] if len(set(layouts)) == 1 else None
+
     def __getitem__(self, block: int | object) -> AttentionView:
         """The view of one block (negative counts from the last), of all batches kept.
 
         Raises:
             UserError: before a forward pass, with keep="statistics", for what is no block of the model, or where
-                batches of different grids were accumulated.
+                the images have different patch grids.
+        """
+        return concatenate_views(self.views(block))
+
+    def views(self, block: int | object) -> list[AttentionView]:
+        """The views of one block, one for each batch kept; of images of different grids in one batch, one for each.
+
+        Raises:
+            UserError: before a forward pass, with keep="statistics", or for what is no block of the model.
         """
         try:
             index = operator.index(block)  # type: ignore[arg-type]
@@ -274,7 +256,7 @@ class Capture:
             raise UserError(f"{self._model_name} has blocks 0 to {len(self) - 1}, not {index}; choose one of these")
         if self.keep == "statistics":
             raise UserError("capture(keep='statistics') holds no queries and keys; use capture(keep='qk') for maps")
-        return concatenate_views(self._kept(self._views[index]))
+        return self._complete_of(self._kept[index])
 
     def __iter__(self) -> Iterator[AttentionView]:
         """The blocks' views, from the first block on."""
@@ -296,10 +278,9 @@ class Capture:
                 raise UserError(
                     f"{name} was not computed in this capture; name it in capture(statistics=…), or leave that out"
                 )
+        blocks = [self._complete_of(kept) for kept in self._kept]
         if self.keep == "qk":
-            blocks = [[compute_statistics(view, wanted) for view in self._kept(views)] for views in self._views]
-        else:
-            blocks = [self._kept(values) for values in self._values]
+            blocks = [[compute_statistics(view, wanted) for view in views] for views in blocks]
         if all(name in self.undefined for name in wanted):
             reasons = "; ".join(f"{name} {self.undefined[name]}" for name in wanted)
             raise UserError(f"{self._model_name} has none of the statistics asked for: {reasons}")
@@ -311,16 +292,16 @@ class Capture:
 
     @property
     def _complete(self) -> int:
-        """Batches that went through all blocks."""
-        return min(len(kept) for kept in (self._views if self.keep == "qk" else self._values))
+        """Forward passes that went through all blocks."""
+        return min(len(kept) for kept in self._kept)
 
-    def _kept(self, of_block: list[Any]) -> list[Any]:
-        """What is kept of a block for each complete batch."""
+    def _complete_of(self, of_block: list[list[Any]]) -> list[Any]:
+        """What is kept of a block for each complete forward pass, one after the other."""
         if not self._complete:
             raise UserError(
                 f"no forward pass of {self._model_name} has run inside this capture; call the model inside the with"
             )
-        return of_block[: self._complete]
+        return [one for of_pass in of_block[: self._complete] for one in of_pass]
 
 
 def _in_backward() -> bool:

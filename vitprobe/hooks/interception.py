@@ -1,70 +1,94 @@
-"""Seeing the calls of scaled-dot-product attention that run while a context is open, fused kernels included."""
+"""Seeing the attention calls of a running model, whatever module makes them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from vitprobe.hooks.calls import READERS, SOFTMAXES, AttentionCall, read_softmax
 
-@dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """The arguments of one call that decide its attention weights, detached: `softmax(scale·q·kᵀ + bias)`."""
-
-    query: Tensor
-    key: Tensor
-    scale: float
-    bias: Tensor | None
+# What a softmax's output may pass on its way to the values and stay the same weights.
+_PASSING = {
+    *("dropout", "dropout_", "feature_dropout", "alpha_dropout", "to", "type", "type_as", "float", "half", "bfloat16"),
+    *("double", "contiguous", "clone", "detach", "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze"),
+    *("expand", "transpose", "permute", "movedim", "mT", "T", "__get__", "requires_grad_", "cpu", "cuda"),
+}
+_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "baddbmm"}
 
 
 class AttentionWatcher(TorchFunctionMode):
-    """While entered, hands every `F.scaled_dot_product_attention` call of this thread to `seen`, then lets it run.
+    """While entered, hands every attention call of this thread to `seen`, which says whether it matters, and runs it.
 
-    A function mode sees the call whichever kernel serves it, and wherever the function was imported from; calls that
-    `seen` itself makes are not seen again.
+    A function mode sees a call whichever kernel serves it, and wherever the function was imported from; calls that
+    `seen` itself makes are not seen again. Of a softmax it is followed what becomes of the output: only what
+    multiplies the values as it is, is attention.
     """
 
-    def __init__(self, seen: Callable[[AttentionCall], None]) -> None:
+    def __init__(self, seen: Callable[[AttentionCall], bool]) -> None:
         super().__init__()
         self.seen = seen
+        self._followed: dict[int, tuple[weakref.ref[Tensor], AttentionCall]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Torch's entry point for every overridable function."""
-        if func is F.scaled_dot_product_attention:
-            self.seen(read_call(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        reader = READERS.get(func)
+        if reader is not None:
+            self.seen(reader(*args, **kwargs))
+            # Handed on in full, so that a capture around this one sees it too.
+            return func(*args, **kwargs)
+        output = func(*args, **kwargs)
+        if self._followed:
+            self._follow(func, args, kwargs, output)
+        if func in SOFTMAXES:
+            call = read_softmax(*args, **kwargs)
+            if call is not None and self.seen(call):
+                self._track(output, call)
+        return output
+
+    def forget(self) -> None:
+        """Follow no softmax any longer."""
+        self._followed.clear()
+
+    def _track(self, output: Any, call: AttentionCall) -> None:
+        if isinstance(output, Tensor):
+            self._followed[id(output)] = (weakref.ref(output), call)
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Note what a function did with the output of a softmax."""
+        name = getattr(func, "__name__", str(func))
+        tensors = list(_tensors((args, kwargs)))
+        for tensor in tensors:
+            reference, call = self._followed.get(id(tensor), (None, None))
+            if call is None or reference is None or reference() is not tensor:
+                continue
+            if name in _PASSING:
+                self._track(output, call)
+            # Values have a batch; what has none is a matrix that mixes heads.
+            elif name in _PRODUCTS and all(other.ndim >= 3 for other in tensors):
+                call.applied = True
+            elif _in_place(name):
+                call.changed_by = call.changed_by or name
+                del self._followed[id(tensor)]
+            elif isinstance(output, Tensor):
+                call.changed_by = call.changed_by or name
 
 
-def read_call(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> AttentionCall:
-    """An `AttentionCall` from the arguments of `F.scaled_dot_product_attention` (its own names and defaults).
+def _in_place(name: str) -> bool:
+    """Whether a function of this name changes its first argument."""
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
 
-    Dropout is left out: the weights are those before it.
-    """
-    query, key = query.detach(), key.detach()
-    bias = None if attn_mask is None else attn_mask.detach()
-    if enable_gqa and key.shape[-3] != query.shape[-3]:
-        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-    if key.shape[:-2] != query.shape[:-2]:  # one key head for all queries: broadcast, as the kernel does
-        key = key.expand(*query.shape[:-2], *key.shape[-2:])
-    if is_causal:
-        bias = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros(bias.shape, device=bias.device).masked_fill(~bias, -torch.inf)
-    if bias is not None:  # a mask of keys alone, (B, 1, 1, N), is the same for each query; no memory is taken
-        bias = bias.expand(*bias.shape[:-2], query.shape[-2], key.shape[-2])
-    return AttentionCall(query, key, 1 / math.sqrt(query.shape[-1]) if scale is None else scale, bias)
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested arguments."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(tuple(values.values()))

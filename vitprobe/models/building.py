@@ -10,15 +10,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vitprobe.errors import UserError
+from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.anatomy.parts import Anatomy
+from vitprobe.models.configs import describe_images
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, NORMALISATIONS, ModelSpec
+from vitprobe.models.official.architectures import create_official
+from vitprobe.models.official.entries import OFFICIAL
 from vitprobe.models.registry import all_specs, find_spec, nearest
-from vitprobe.models.tokens import TokenLayout, default_image_size, token_layout
 
 ImageSize = int | tuple[int, int] | None
 
 
 def architecture_of(name: str) -> str:
-    """What to build for a name: a bundled architecture, or timm's name with its tag where one is given.
+    """What to build for a name: timm's name with its tag where one is given, a bundled architecture, or the alias of
+    an official checkpoint.
 
     Args:
         name: an alias, a bundled architecture, or a timm name with or without tag.
@@ -28,8 +33,8 @@ def architecture_of(name: str) -> str:
     """
     spec = find_spec(name)
     if spec is not None:
-        kind, _, tagged = spec.source.partition(":")
-        return tagged if kind == "timm" else spec.architecture
+        kind, _, name_there = spec.source.partition(":")
+        return name_there if kind in ("timm", "official") else spec.architecture
     if name in BUNDLED_ARCHITECTURES:
         return name
     architecture, _, tag = name.partition(".")
@@ -52,7 +57,7 @@ def outline(architecture: str, *, img_size: ImageSize = None, **options: Any) ->
     size = None if img_size is None else pair(img_size)
     with torch.device("meta"):
         module = _create(architecture, None, **options)
-    require_size(module, token_layout(module), size, architecture)
+    require_size(find_anatomy(module), size, architecture)
     return module
 
 
@@ -75,6 +80,8 @@ def build(architecture: str, *, img_size: ImageSize = None, **options: Any) -> n
 def _create(architecture: str, img_size: tuple[int, int] | None, **options: Any) -> nn.Module:
     if architecture in BUNDLED_ARCHITECTURES:
         return _create_bundled(architecture, img_size, **options)
+    if architecture in OFFICIAL:
+        return create_official(OFFICIAL[architecture], img_size, **options)
     # timm leaves out arguments that are None.
     return timm.create_model(architecture, img_size=img_size, **options)
 
@@ -82,25 +89,12 @@ def _create(architecture: str, img_size: tuple[int, int] | None, **options: Any)
 def _create_bundled(
     architecture: str, img_size: tuple[int, int] | None, *, num_classes: int = 0, **options: Any
 ) -> nn.Module:
-    """One of our own architectures, with the config by which timm knows its images."""
+    """One of our own architectures."""
     arguments = dict(BUNDLED_ARCHITECTURES[architecture])
     if img_size is not None:
         arguments["img_size"] = img_size
     module = VisionTransformer(**arguments, num_classes=num_classes, **options)
-    mean, std = NORMALISATIONS["cifar10"]
-    module.pretrained_cfg = module.default_cfg = {  # type: ignore[assignment]
-        "architecture": architecture,
-        "input_size": (3, *default_image_size(module)),
-        "fixed_input_size": True,
-        "interpolation": "bicubic",
-        "crop_pct": 1.0,
-        "crop_mode": "center",
-        "mean": mean,
-        "std": std,
-        "num_classes": num_classes,
-        "classifier": "head",
-        "first_conv": "patch_embed.proj",
-    }
+    describe_images(module, architecture, "cifar10", crop_pct=1.0, num_classes=num_classes)
     return module
 
 
@@ -116,7 +110,7 @@ def pair(img_size: Any) -> tuple[int, int]:
     return size
 
 
-def require_size(module: nn.Module, layout: TokenLayout, img_size: tuple[int, int] | None, name: str) -> None:
+def require_size(anatomy: Anatomy, img_size: tuple[int, int] | None, name: str) -> None:
     """Returns where whole patches tile an image of `img_size` (height, width).
 
     Raises:
@@ -124,8 +118,9 @@ def require_size(module: nn.Module, layout: TokenLayout, img_size: tuple[int, in
     """
     if img_size is None:
         return
-    if any(side < edge or side % edge for side, edge in zip(img_size, layout.patch_size, strict=True)):
-        patch, usual = layout.patch_size, default_image_size(module)
+    usual = anatomy.image_size
+    patch = anatomy.layout(usual).patch_size
+    if any(side < edge or side % edge for side, edge in zip(img_size, patch, strict=True)):
         edge = patch[0]
         near = max(edge, round(img_size[0] / edge) * edge)
         sizes = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -38,7 +39,7 @@ _LEFTOVERS = (
 )
 _HEADS = ("head.", "head_dist.", "classifier.", "fc.", "attn_pool.")
 _OTHER_ARCHITECTURE = "give the architecture it was trained with (--arch NAME)"
-_DOWNLOAD_AGAIN = "delete it to download it again"
+DOWNLOAD_AGAIN = "delete it to download it again"
 
 
 def read_checkpoint(path: str | Path, *, first: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -184,14 +185,14 @@ def load_downloaded(module: nn.Module, path: Path) -> None:
     try:
         state = read_checkpoint(path, first=_TIMMS_HOLDERS)
     except UserError as error:
-        raise UserError(f"{error}; {_DOWNLOAD_AGAIN}") from error
+        raise UserError(f"{error}; {DOWNLOAD_AGAIN}") from error
     target = module.state_dict()
     config: Any = module.pretrained_cfg
     if getattr(module, "num_classes", config["num_classes"]) != config["num_classes"]:
         heads = tuple(f"{name}." for name in _classifiers(module))
         state = {name: value for name, value in strip_prefix(state, target).items() if not name.startswith(heads)}
         state |= {name: value for name, value in target.items() if name.startswith(heads)}
-    load_into(module, state, source=str(path), hint=_DOWNLOAD_AGAIN)
+    load_into(module, state, source=str(path), hint=DOWNLOAD_AGAIN)
 
 
 def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str, hint: str = _OTHER_ARCHITECTURE) -> None:
@@ -218,7 +219,9 @@ def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str, hint:
     _require_patch_size(state, target, module, source, hint)
 
     try:
-        translated = dict(_translation(module, state)(dict(state), module))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="timm")  # of what torch will drop, where it resamples tables
+            translated = dict(_translation(module, state)(dict(state), module))
         trouble = ""
     except Exception as error:  # timm's translations trust the shapes they are given
         translated, trouble = dict(state), f" ({type(error).__name__}: {one_line(error)})"

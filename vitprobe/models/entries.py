@@ -33,9 +33,9 @@ class ModelSpec:
         name: what the user types, `<method>_vit_<size>` and a suffix where needed.
         method: how it was trained.
         paradigm: a key of `PARADIGMS`.
-        architecture: timm's name without tag, or a bundled architecture.
-        source: where the weights come from: "timm:<architecture>.<tag>", "bundled:<name>", "hf-hub:<repository>",
-            "file:<name>", "module" or "random".
+        architecture: timm's name without tag, with words on what differs from it, or a bundled architecture.
+        source: where the weights come from: "timm:<architecture>.<tag>", "bundled:<name>", "official:<name>",
+            "hf-hub:<repository>", "file:<name>", "module" or "random".
         normalisation: a key of `NORMALISATIONS`, or "other".
         licence: of the weights ("" where not known).
         citation: the paper ("" where not known).

@@ -7,6 +7,7 @@ hub client's own retries take far longer than a user without a network wants to 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 import ssl
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 
 from vitprobe.errors import UserError
 from vitprobe.models.entries import ADDRESSES, ModelSpec
+from vitprobe.models.official.entries import OfficialCheckpoint, find_official
 
 PATIENCE = 2.5  # seconds for name look-up, connection and first answer together
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order of preference
@@ -56,17 +58,19 @@ def cached_weights(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -
     return None
 
 
-def address_path(address: str) -> Path:
-    """Where torch.hub (and timm) keep the file of a plain address."""
+def address_path(address: str, filename: str = "") -> Path:
+    """Where torch.hub (and timm) keep the file of a plain address, or a file of this name."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")  # noqa: PTH118 - "~" is expanded below
-    return Path(home).expanduser() / "hub" / "checkpoints" / Path(urlsplit(address).path).name
+    return Path(home).expanduser() / "hub" / "checkpoints" / (filename or Path(urlsplit(address).path).name)
 
 
 def is_downloaded(spec: ModelSpec) -> bool:
     """Whether a model's weights are in a local cache; asks no network."""
     if spec.source in ADDRESSES:
         return address_path(ADDRESSES[spec.source]).is_file()
+    if entry := find_official(spec.source):
+        return address_path(entry.address, entry.cached_name).is_file()
     repository = hub_repository(spec.source)
     return repository is not None and cached_weights(repository) is not None
 
@@ -81,6 +85,8 @@ def require_weights(spec: ModelSpec) -> None:
     """
     if spec.source in ADDRESSES:
         require_address(ADDRESSES[spec.source], spec.name)
+    elif entry := find_official(spec.source):
+        require_official(entry)
     elif repository := hub_repository(spec.source):
         require_hub(repository)
 
@@ -97,13 +103,13 @@ def require_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> P
     return cached
 
 
-def require_address(address: str, name: str) -> Path | None:
+def require_address(address: str, name: str, filename: str = "") -> Path | None:
     """The cached file of a plain address, at once; otherwise None, after one answer from there.
 
     Raises:
         UserError: where it is not cached and the address does not answer.
     """
-    path = address_path(address)
+    path = address_path(address, filename)
     if path.is_file():
         return path
     _require_answer(address, name)
@@ -153,25 +159,78 @@ def fetch_from_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -
     raise UserError(f"{repository} at {_endpoint()} has no {' or '.join(filenames)}; {WAY_OUT}")
 
 
-def fetch_from_address(address: str, name: str) -> Path:
+def fetch_from_address(address: str, name: str, *, filename: str = "", digest: str = "") -> Path:
     """The local path of the file at a plain address, downloaded into torch.hub's cache where it is not there yet.
 
+    Shows torch's progress bar. What breaks off or is not the right file is not left in the cache.
+
+    Args:
+        address: of the file.
+        name: of the model, for messages.
+        filename: in the cache; by default the address's last part.
+        digest: "sha256:" or "md5:" and the hexadecimal digits of the file, or the first of them; "" asks for none.
+
     Raises:
-        UserError: where it cannot be had.
+        UserError: where it cannot be had, or is another file.
     """
-    cached = require_address(address, name)
+    cached = require_address(address, name, filename)
     if cached is not None:
         return cached
 
     from torch.hub import download_url_to_file
 
-    path = address_path(address)
+    path = address_path(address, filename)
+    unchecked = path.with_name(f"{path.name}.{os.getpid()}.unchecked")  # another process may fetch the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        download_url_to_file(address, str(path))  # to a temporary name first: a broken download leaves nothing
+        download_url_to_file(address, str(unchecked))  # to a temporary name first: a broken download leaves nothing
+        found = _digest_like(digest, unchecked)
+        if found == digest:
+            unchecked.replace(path)
+            return path
     except Exception as error:
         raise _download_failed(address, error) from error
-    return path
+    finally:
+        unchecked.unlink(missing_ok=True)
+    raise UserError(
+        f"what {address} gave is not the file of {name}: its digest is {found}, published is {digest}; try again, or "
+        f"{WAY_OUT}"
+    )
+
+
+def _digest_like(digest: str, path: Path) -> str:
+    """A file's digest, of the kind and length of another."""
+    if not digest:
+        return ""
+    kind, _, digits = digest.partition(":")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
+    return f"{kind}:{found.hexdigest()[: len(digits)]}"
+
+
+def require_official(entry: OfficialCheckpoint) -> Path | None:
+    """The cached file of an official checkpoint, at once; otherwise None, after one answer from where it lies.
+
+    Raises:
+        UserError: where it is not cached and its address does not answer, or where no program can download it.
+    """
+    name = entry.spec.name
+    if entry.by_hand:
+        raise UserError(f"{name} can only be fetched by hand ({entry.by_hand}): give the file with --checkpoint FILE")
+    if not entry.address:
+        raise UserError(f"{name} has no public source: if you have its weights, give them with --checkpoint FILE")
+    return require_address(entry.address, name, entry.cached_name)
+
+
+def fetch_official(entry: OfficialCheckpoint) -> Path:
+    """The local path of an official checkpoint's file, downloaded into torch.hub's cache where it is not there yet.
+
+    Raises:
+        UserError: where it cannot be had, or is not the file that was published.
+    """
+    return require_official(entry) or fetch_from_address(
+        entry.address, entry.spec.name, filename=entry.cached_name, digest=entry.digest
+    )
 
 
 def _endpoint() -> str:

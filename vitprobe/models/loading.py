@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
+from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.building import ImageSize, architecture_of, build, outline, pair, require_size, spec_of
 from vitprobe.models.checkpoints import (
+    DOWNLOAD_AGAIN,
     classifier_size,
     load_downloaded,
     load_into,
@@ -30,23 +33,24 @@ from vitprobe.models.hub import (
     WEIGHT_FILES,
     fetch_from_address,
     fetch_from_hub,
+    fetch_official,
     hub_repository,
     require_address,
     require_hub,
+    require_official,
 )
+from vitprobe.models.huggingface import load_huggingface, require_huggingface
+from vitprobe.models.huggingface_images import describe_preprocessing
+from vitprobe.models.official.checks import require_heads
+from vitprobe.models.official.entries import OfficialCheckpoint, find_official
+from vitprobe.models.official.weights import load_official
 from vitprobe.models.registry import all_specs, find_spec
-from vitprobe.models.tokens import (
-    TokenLayout,
-    default_image_size,
-    find_trunk,
-    is_wrapper,
-    token_layout,
-    uncompiled,
-)
+from vitprobe.models.tokens import TokenLayout
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pyth", ".npz")
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+_HUGGINGFACE = "hf:"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +62,14 @@ class LoadedModel:
         layout: its tokens for the images that `transform` makes.
         transform: from a picture to the tensor it expects.
         spec: what is known of it.
+        anatomy: where it keeps its blocks and takes its images.
     """
 
     module: nn.Module
     layout: TokenLayout
     transform: ImageTransform
     spec: ModelSpec
+    anatomy: Anatomy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass."""
@@ -77,16 +83,22 @@ def load_model(
     arch: str | None = None,
     img_size: ImageSize = None,
     pretrained: bool = True,
+    layout: TokenLayout | None = None,
+    blocks: Sequence[nn.Module] | None = None,
 ) -> LoadedModel:
     """A model ready to be probed.
 
     Args:
-        name: an alias ("mae_vit_b"; `list_models` has them), any timm name with or without tag, "hf-hub:owner/name", a
-            checkpoint file (with `arch`), an `nn.Module` (wrapped as it is, its mode too), or a LoadedModel (returned).
+        name: an alias ("mae_vit_b"; `list_models` has them), any timm name with or without tag, a repository of the
+            Hugging Face hub ("hf:owner/name" for transformers, "hf-hub:owner/name" for timm), a checkpoint file (with
+            `arch`), an `nn.Module` (wrapped as it is, its mode too), or a LoadedModel (returned).
         checkpoint: a file whose weights to take instead of downloading the named model's.
         arch: the architecture of the weights in a file: an alias or a timm name.
         img_size: pixels of the input, a side or (height, width); position embeddings are resampled to it.
         pretrained: False for random weights (from torch's global seed).
+        layout: of a module, which token is what, where that is not found; its grid times its patch size is the
+            model's image size.
+        blocks: of a module, its transformer blocks in the order in which they run, where they are not found.
 
     Raises:
         UserError: for an unknown name, weights that cannot be had, read or fitted, or that hold NaN or infinity, an
@@ -98,13 +110,19 @@ def load_model(
     if isinstance(name, LoadedModel | nn.Module):
         if checkpoint is not None or arch is not None or not pretrained:
             raise UserError("checkpoint, arch and pretrained are for models by name: this one is built already")
-        return _wrap(name, img_size)
+        return _wrap(name, img_size, layout, blocks)
+    if layout is not None or blocks is not None:
+        raise UserError("layout and blocks are for a module of your own: of a model by name they are known")
     name, path, arch = _sort_out(name, checkpoint, arch, pretrained)
+    if (arch or name).startswith(_HUGGINGFACE):
+        return _load_from_transformers(arch or name, path, img_size, pretrained)
     if path is not None:
         # "This alias, from this file" says what the weights are; --arch says only how they are laid out.
         return _load_file(path, arch or name, None if arch else find_spec(name), img_size)
     if name.startswith(_HUB_PREFIXES):
         return _load_from_hub(name.partition(":")[2], img_size, pretrained)
+    if entry := find_official(name):
+        return _load_official(entry, img_size, pretrained)
     architecture = architecture_of(name)
     if architecture in BUNDLED_ARCHITECTURES:
         return _load_bundled(name, architecture, img_size, pretrained)
@@ -125,13 +143,18 @@ def require_loadable(
     if img_size is not None:
         pair(img_size)
     name, path, arch = _sort_out(name, checkpoint, arch, pretrained=True)
-    if path is not None:
+    if (arch or name).startswith(_HUGGINGFACE):
+        require_huggingface((arch or name).removeprefix(_HUGGINGFACE), img_size=img_size, weights=path)
+    elif path is not None:
         outline(architecture_of(arch or name), img_size=img_size, num_classes=0)
     elif name.startswith(_HUB_PREFIXES):
         repository = name.partition(":")[2]
         folder, config = _hub_config(repository)
         _built_by_hub(repository, outline, folder, img_size)
         require_hub(repository, _hub_weights(config))
+    elif entry := find_official(name):
+        outline(entry.spec.name, img_size=img_size)
+        require_official(entry)
     elif (architecture := architecture_of(name)) in BUNDLED_ARCHITECTURES:
         _bundled_spec(name)
         outline(architecture, img_size=img_size)
@@ -186,7 +209,7 @@ def _sort_out(
 
 def _looks_like_file(name: str) -> bool:
     """Whether a name means a file: an existing one, or one with a checkpoint's suffix; never a known model."""
-    if find_spec(name) is not None or name.startswith(_HUB_PREFIXES):
+    if find_spec(name) is not None or name.startswith((*_HUB_PREFIXES, _HUGGINGFACE)):
         return False
     if name.endswith(_SUFFIXES):
         return True
@@ -195,37 +218,38 @@ def _looks_like_file(name: str) -> bool:
     if Path(name).is_file():
         return True
     if "/" in name or "\\" in name:
-        raise UserError(f"there is no file {name}; for a repository of the Hugging Face hub write hf-hub:{name}")
+        raise UserError(
+            f"there is no file {name}; for a repository of the Hugging Face hub write hf:{name} (a model of "
+            f"transformers) or hf-hub:{name} (of timm)"
+        )
     return False
 
 
-def _wrap(model: nn.Module | LoadedModel, img_size: ImageSize) -> LoadedModel:
+def _wrap(
+    model: nn.Module | LoadedModel,
+    img_size: ImageSize,
+    layout: TokenLayout | None,
+    blocks: Sequence[nn.Module] | None,
+) -> LoadedModel:
     """A module that is built already, for its own image size or, where it takes any, for another."""
-    loaded = model if isinstance(model, LoadedModel) else None
-    module = _unwrapped(model) if isinstance(model, nn.Module) else model.module
     size = None if img_size is None else pair(img_size)
-    if loaded is not None and (size is None or size == loaded.transform.size):
+    loaded = model if isinstance(model, LoadedModel) else None
+    if loaded is not None and layout is None and blocks is None and (size is None or size == loaded.transform.size):
         return loaded
-    spec = loaded.spec if loaded else spec_of(module, "", "module")
-    if size is not None and size != default_image_size(module):
-        require_size(module, token_layout(module), size, spec.name)
-        embedding = getattr(find_trunk(module), "patch_embed", None)
-        if getattr(embedding, "strict_img_size", False):
-            usual = default_image_size(module)
+    if loaded is not None and layout is None and blocks is None:
+        anatomy = loaded.anatomy
+    else:
+        anatomy = find_anatomy(loaded.module if loaded else model, layout, blocks)  # type: ignore[arg-type]
+    spec = loaded.spec if loaded else spec_of(anatomy.module, "", "module")
+    if size is not None and size != anatomy.image_size:
+        require_size(anatomy, size, spec.name)
+        if not anatomy.any_size:
+            usual = anatomy.image_size
             raise UserError(
                 f"{spec.name} is built for images of {usual[0]}×{usual[1]} pixels: for {size[0]}×{size[1]}, load it by "
                 f"name with img_size, or build it so"
             )
-    return _finish(module, spec, size)
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    """The model itself, not what `torch.compile` made of it; refused where it has no blocks."""
-    module = uncompiled(module)
-    if is_wrapper(module):
-        raise UserError(f"{type(module).__name__} only wraps a model: pass its .module instead")
-    find_trunk(module)
-    return module
+    return _finish(anatomy.module, spec, size or describe_preprocessing(anatomy.module), anatomy)
 
 
 def _load_bundled(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
@@ -246,19 +270,37 @@ def _bundled_spec(name: str) -> ModelSpec:
 
 
 def _load_file(path: Path, arch: str, spec: ModelSpec | None, img_size: ImageSize) -> LoadedModel:
-    architecture = architecture_of(arch)
+    entry = find_official(arch)
+    if entry is not None:
+        module = load_official(entry, path, img_size=img_size)
+    else:
+        module = _load_plain_file(path, architecture_of(arch), img_size)
+    if spec is None:
+        spec = spec_of(module, path.name.partition(".")[0] or path.name, f"file:{path.name}")
+        spec = replace(spec, licence="")  # the config's is that of timm's weights, not of these
+    return _finish(module.eval(), replace(spec, source=f"file:{path.name}"), img_size)
+
+
+def _load_plain_file(path: Path, architecture: str, img_size: ImageSize) -> nn.Module:
     bare = outline(architecture, img_size=img_size, num_classes=0)
     state = read_checkpoint(path)
+    require_heads(state, bare, str(path))
     options: dict[str, Any] = {"num_classes": classifier_size(state, bare)}
     names = bare.state_dict().keys()
     if "fc_norm.weight" in strip_prefix(state, names) and "fc_norm.weight" not in names:
         options["global_pool"] = "avg"  # a fine-tuned MAE: the norm that timm places after the pooling
     module = build(architecture, img_size=img_size, **options)
     load_into(module, state, source=str(path))
-    if spec is None:
-        spec = spec_of(module, path.name.partition(".")[0] or path.name, f"file:{path.name}")
-        spec = replace(spec, licence="")  # the config's is that of timm's weights, not of these
-    return _finish(module.eval(), replace(spec, source=f"file:{path.name}"), img_size)
+    return module
+
+
+def _load_official(entry: OfficialCheckpoint, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+    """A checkpoint that timm lacks, from where its authors released it."""
+    if not pretrained:
+        return _finish(build(entry.spec.name, img_size=img_size).eval(), _random(entry.spec), img_size)
+    outline(entry.spec.name, img_size=img_size)  # before the download
+    path = fetch_official(entry)
+    return _finish(load_official(entry, path, img_size=img_size, hint=DOWNLOAD_AGAIN).eval(), entry.spec, img_size)
 
 
 def _load_from_timm(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
@@ -316,6 +358,17 @@ def _load_from_hub(repository: str, img_size: ImageSize, pretrained: bool) -> Lo
     return _finish(module.eval(), spec if pretrained else _random(spec), img_size)
 
 
+def _load_from_transformers(name: str, path: Path | None, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+    """A repository of the Hugging Face hub that transformers wrote, or its architecture with weights from a file."""
+    repository = name.removeprefix(_HUGGINGFACE)
+    module = load_huggingface(repository, img_size=img_size, weights=path, pretrained=pretrained)
+    spec = spec_of(module, repository.partition("@")[0].rpartition("/")[2], name)
+    if path is not None:
+        spec = replace(spec, name=path.name.partition(".")[0] or path.name, source=f"file:{path.name}")
+    size = img_size or describe_preprocessing(module)
+    return _finish(module, spec if pretrained else _random(spec), size)
+
+
 def _hub_config(repository: str) -> tuple[Path, dict[str, Any]]:
     """The folder of a repository's config.json, and what it holds; it names an architecture of timm's."""
     path = fetch_from_hub(repository, ("config.json",))
@@ -326,7 +379,8 @@ def _hub_config(repository: str) -> tuple[Path, dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     raise UserError(
-        f"hf-hub:{repository} holds no model of timm's: its config.json names no architecture that timm has"
+        f"hf-hub:{repository} holds no model of timm's: its config.json names no architecture that timm has; for a "
+        f"model of transformers write hf:{repository}"
     )
 
 
@@ -361,10 +415,11 @@ def _random(spec: ModelSpec) -> ModelSpec:
     )
 
 
-def _finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize) -> LoadedModel:
+def _finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Anatomy | None = None) -> LoadedModel:
     _require_finite(module, spec.name)
-    transform = model_transform(module, img_size=img_size)
-    return LoadedModel(module, token_layout(module, transform.size), transform, spec)
+    anatomy = anatomy or find_anatomy(module)
+    transform = model_transform(module, img_size=img_size or anatomy.image_size)
+    return LoadedModel(module, anatomy.layout(transform.size), transform, spec, anatomy)
 
 
 def _require_finite(module: nn.Module, name: str) -> None:

@@ -10,18 +10,20 @@ from typing import TYPE_CHECKING
 from vitprobe.errors import UserError
 from vitprobe.models.entries import ENTRIES, PARADIGMS, ModelSpec
 from vitprobe.models.hub import is_downloaded
+from vitprobe.models.official.entries import OFFICIAL, find_official
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("name", "method", "paradigm", "architecture", "source", "licence", "status")
 
-_BY_NAME = {spec.name: spec for spec in ENTRIES} | {spec.source: spec for spec in ENTRIES}
+_SPECS = (*ENTRIES, *(entry.spec for entry in OFFICIAL.values()))
+_BY_NAME = {spec.name: spec for spec in _SPECS} | {spec.source: spec for spec in _SPECS}
 
 
 def all_specs() -> tuple[ModelSpec, ...]:
     """Every entry of the registry, the bundled models first."""
-    return ENTRIES
+    return _SPECS
 
 
 def find_spec(name: str) -> ModelSpec | None:
@@ -39,16 +41,23 @@ def nearest(name: str, candidates: Iterable[str]) -> list[str]:
 
 
 def status(spec: ModelSpec) -> str:
-    """ "bundled", "downloaded" (its weights are in a local cache), or ""; asks no network."""
+    """What it takes to have a model's weights; asks no network.
+
+    "bundled", "downloaded" (they are in a local cache), "" (they can be downloaded), "by hand" (no program can
+    download them) or "no source" (nobody offers them).
+    """
     if spec.source.startswith("bundled:"):
         return "bundled"
+    entry = find_official(spec.source)
+    if entry is not None and not entry.address:
+        return "by hand" if entry.by_hand else "no source"
     return "downloaded" if is_downloaded(spec) else ""
 
 
 def list_models(filter: str | None = None, *, paradigm: str | None = None) -> pd.DataFrame:
     """A table of the models known by name, one row each.
 
-    Columns: name, method, paradigm, architecture, source, licence, and status ("bundled", "downloaded" or "").
+    Columns: name, method, paradigm, architecture, source, licence, and status (see `status`).
 
     Args:
         filter: words; each must occur in some field of an entry (the citation and the notes too), in any case.
@@ -64,7 +73,7 @@ def list_models(filter: str | None = None, *, paradigm: str | None = None) -> pd
         raise UserError(f"unknown paradigm {paradigm!r}: use one of {', '.join(PARADIGMS)}")
     words = (filter or "").casefold().split()
     rows = []
-    for spec in ENTRIES:
+    for spec in _SPECS:
         if paradigm is not None and spec.paradigm != paradigms[paradigm.casefold()]:
             continue
         state = status(spec)

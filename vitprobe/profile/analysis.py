@@ -23,7 +23,6 @@ from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import Capture, capture
 from vitprobe.models.loading import LoadedModel, load_model
-from vitprobe.models.tokens import find_trunk, token_layout
 from vitprobe.profile.folder import check_output, clear_run, write_manifest
 from vitprobe.profile.manifest import new_manifest
 from vitprobe.profile.profile import Profile
@@ -114,10 +113,9 @@ def analyze(
     chosen_device = choose_device(device)
     images = open_images(data, groups=groups)
     loaded = load_model(model, checkpoint=checkpoint, arch=arch, img_size=img_size)
-    preprocess = model_transform(loaded.module, transform, img_size)
-    layout = token_layout(loaded.module, preprocess.size)
-    width = int(getattr(find_trunk(loaded.module), "embed_dim", 768))
-    size = batch_size or choose_batch_size(layout, width, chosen_device)
+    preprocess = model_transform(loaded.module, transform, img_size or loaded.transform.size)
+    layout = loaded.anatomy.layout(preprocess.size)
+    size = batch_size or choose_batch_size(layout, loaded.anatomy.width or 768, chosen_device)
 
     manifest = new_manifest(loaded, chosen_device, arguments)
     manifest["batch_size"] = size
@@ -221,7 +219,7 @@ class _Run:
         # Plain text also in a notebook: tqdm's widget there needs ipywidgets, and warns without.
         shown = (sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules if progress is None else progress
         bar = tqdm(total=total, desc=self.model.spec.name, unit="img", disable=not shown, dynamic_ncols=True)
-        with bar, capture(module, keep="statistics", statistics=statistics) as attention, torch.inference_mode():
+        with bar, capture(self.model, keep="statistics", statistics=statistics) as attention, torch.inference_mode():
             for batch in batches:
                 self.skipped += batch.skipped
                 if len(batch):
@@ -261,6 +259,7 @@ class _Run:
         """Claim the folder: from here on the run is worth keeping."""
         self.manifest["layout"] = asdict(attention.layout) if attention.layout else None
         self.manifest["undefined"] = attention.undefined
+        self.manifest["signed"] = attention.signed
         if self.folder is not None:
             check_output(self.folder, overwrite=True)
             self.claimed = True

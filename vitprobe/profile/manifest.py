@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from vitprobe.models.loading import LoadedModel, weights_sha256
-from vitprobe.models.tokens import TokenLayout, find_trunk
 from vitprobe.profile.folder import FORMAT_VERSION
 
 PACKAGES = ("vitprobe", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "pillow")
@@ -27,7 +26,7 @@ def new_manifest(model: LoadedModel, device: torch.device, arguments: dict[str, 
             **dataclasses.asdict(model.spec),
             "signature": signature(model),
             "class": type(model.module).__name__,
-            "num_blocks": len(find_trunk(model.module).blocks),  # type: ignore[arg-type]
+            "num_blocks": len(model.anatomy.blocks),
             "num_parameters": sum(parameter.numel() for parameter in parameters),
             "weights_sha256": weights_sha256(model.module),
         },
@@ -44,14 +43,11 @@ def new_manifest(model: LoadedModel, device: torch.device, arguments: dict[str, 
 
 def signature(model: LoadedModel) -> str:
     """What must be equal for two models to be of one architecture: class, blocks, width, heads and patch size."""
-    trunk: Any = find_trunk(model.module)
-    block = trunk.blocks[0]
-    heads = getattr(getattr(block, "attn", block), "num_heads", "?")
-    width = getattr(trunk, "embed_dim", getattr(trunk, "num_features", "?"))
-    layout: TokenLayout = model.layout
+    layout, anatomy = model.layout, model.anatomy
     return (
-        f"{type(model.module).__name__} depth {len(trunk.blocks)} width {width} heads {heads} "
-        f"patch {layout.patch_size[0]}x{layout.patch_size[1]} prefix {layout.num_prefix_tokens}"
+        f"{type(model.module).__name__} depth {len(anatomy.blocks)} width {anatomy.width or '?'} "
+        f"heads {anatomy.num_heads or '?'} patch {layout.patch_size[0]}x{layout.patch_size[1]} "
+        f"prefix {layout.num_prefix_tokens}"
     )
 
 

@@ -109,7 +109,10 @@ class Profile:
         return self.values.read(statistic).astype(np.float64)
 
     def _estimate(self, statistic: str, values: Float64[np.ndarray, "image ..."]) -> Estimate:
-        return estimate(values, self.values.groups, STATISTICS[statistic].bounds(self.layout))
+        bounds = STATISTICS[statistic].bounds(self.layout)
+        if self.manifest.get("signed") and STATISTICS[statistic].per_head:
+            bounds = (-np.inf, np.inf)  # a difference of attentions may be negative
+        return estimate(values, self.values.groups, bounds)
 
     def table(self, statistics: Sequence[str] | None = None) -> pd.DataFrame:
         """The results, tidy: a row a statistic, block and head, and one more a block for the mean over heads.

@@ -51,7 +51,7 @@ def cls_self_attention(view: AttentionView) -> PerHead:
     "[cls] self-attention / its attention to patches",
     "ratio",
     lambda layout: (0.0, math.inf),
-    "cls",
+    "cls distribution",
     released_name="cls_cls_attention_adj_for_cls",
 )
 def cls_self_attention_ratio(view: AttentionView) -> PerHead:
@@ -87,7 +87,7 @@ def cls_to_registers(view: AttentionView) -> PerHead:
     "[cls] attention entropy over patches",
     "nats",
     _entropy,
-    "cls",
+    "cls distribution",
     figure=4,
     released_name="cls_pos_entropy",
 )
@@ -96,7 +96,7 @@ def cls_entropy(view: AttentionView) -> PerHead:
     return _clamp_entropy(view.rows.entropy[..., 0], view.layout)
 
 
-@declare("cls_entropy_share", "[cls] attention entropy / log N", "share", _share, "cls patches")
+@declare("cls_entropy_share", "[cls] attention entropy / log N", "share", _share, "cls patches distribution")
 def cls_entropy_share(view: AttentionView) -> PerHead:
     """`cls_entropy` as a share of its maximum log N, 0 to 1: comparable between grids."""
     return cls_entropy(view) / math.log(view.layout.num_patches)
@@ -114,6 +114,7 @@ def patch_self_attention(view: AttentionView) -> PerHead:
     "patch self-attention / attention to patches",
     "share",
     _share,
+    "distribution",
     figure=5,
     released_name="pos_self_attention_adj_for_cls",
 )
@@ -138,19 +139,26 @@ def patches_to_registers(view: AttentionView) -> PerHead:
     return torch.exp(logits.logsumexp(dim=-1) - rows.log_z[..., patches]).mean(dim=-1)
 
 
-@declare("patch_entropy", "patch attention entropy over patches", "nats", _entropy, released_name="pos_pos_entropy")
+@declare(
+    "patch_entropy",
+    "patch attention entropy over patches",
+    "nats",
+    _entropy,
+    "distribution",
+    released_name="pos_pos_entropy",
+)
 def patch_entropy(view: AttentionView) -> PerHead:
     """Mean over patch rows of their entropy in nats over the patches, itself included, 0 to log N."""
     return _clamp_entropy(view.rows.entropy[..., view.layout.patches].mean(dim=-1), view.layout)
 
 
-@declare("patch_entropy_share", "patch attention entropy / log N", "share", _share, "patches")
+@declare("patch_entropy_share", "patch attention entropy / log N", "share", _share, "patches distribution")
 def patch_entropy_share(view: AttentionView) -> PerHead:
     """`patch_entropy` as a share of its maximum log N, 0 to 1."""
     return patch_entropy(view) / math.log(view.layout.num_patches)
 
 
-@declare("attention_distance", "attention distance", "patches", lambda layout: (0.0, layout.diagonal))
+@declare("attention_distance", "attention distance", "patches", lambda layout: (0.0, layout.diagonal), "distribution")
 def attention_distance(view: AttentionView) -> PerHead:
     """Mean over patch rows of the distance on the grid to the patches attended to, in patches, 0 to the diagonal.
 
@@ -165,6 +173,7 @@ def attention_distance(view: AttentionView) -> PerHead:
     "attention distance",
     "px",
     lambda layout: (0.0, layout.diagonal * math.sqrt(layout.patch_size[0] * layout.patch_size[1])),
+    "distribution",
 )
 def attention_distance_px(view: AttentionView) -> PerHead:
     """`attention_distance` times the patch size (its geometric mean where a patch is no square), in pixels."""

@@ -23,6 +23,7 @@ NEEDS = {
     "patches": "more than one patch",
     "residual": "the residual stream, hooked at the block",
     "update": "an attention update that the block adds on its own, apart from its MLP's",
+    "distribution": "attention weights that are a distribution, which the difference A1 − λ·A2 is not",
 }
 
 
@@ -35,7 +36,8 @@ class Statistic:
         label: what an axis says.
         unit: "share", "ratio", "nats", "patches" or "px".
         bounds: layout → (lowest, highest) possible value; `inf` where there is none.
-        needs: what a model must have for it to be defined: keys of `NEEDS`.
+        needs: what a model must have for it to be defined: keys of `NEEDS`. What does without "distribution" is linear
+            in the attention weights.
         compute: AttentionView → `(B, H)`, or `(B, 1)` where it is one number a block.
         per_head: whether it has one value a head.
         figure: the figure of the paper (arXiv 2412.03215) that it feeds, if any.
@@ -57,10 +59,18 @@ class Statistic:
         """Whether its values have an upper bound (then its interval is a t interval, else one on the log scale)."""
         return self.bounds(TokenLayout(grid=(2, 2), has_cls=True))[1] != float("inf")
 
-    def undefined(self, layout: TokenLayout, available: frozenset[Need]) -> str | None:
-        """Why it is undefined for a model of this layout whose capture offers `available`; None if it is defined."""
-        of_layout = {"cls": layout.has_cls, "registers": layout.num_registers > 0, "patches": layout.num_patches > 1}
-        missing = sorted(need for need in self.needs - available if not of_layout.get(need, False))
+    def undefined(self, layout: TokenLayout, available: frozenset[Need], signed: bool = False) -> str | None:
+        """Why it is undefined for a model of this layout whose capture offers `available`; None if it is defined.
+
+        `signed` is for attention that is a difference, whose weights may be negative.
+        """
+        met = {
+            "cls": layout.has_cls,
+            "registers": layout.num_registers > 0,
+            "patches": layout.num_patches > 1,
+            "distribution": not signed,
+        }
+        missing = sorted(need for need in self.needs - available if not met.get(need, False))
         return f"needs {' and '.join(NEEDS[need] for need in missing)}" if missing else None
 
 
@@ -112,7 +122,15 @@ def compute_statistics(
     available = available_needs(view)
     with torch.no_grad():
         return {
-            statistic.name: statistic.compute(view)
+            statistic.name: _value(statistic, view)
             for statistic in select(names)
-            if statistic.undefined(view.layout, available) is None
+            if statistic.undefined(view.layout, available, view.subtracted is not None) is None
         }
+
+
+def _value(statistic: Statistic, view: AttentionView) -> Float[Tensor, "batch head"]:
+    """A statistic of a view; of a difference of attentions the difference, which only linear ones are asked for."""
+    value = statistic.compute(view)
+    if view.subtracted is None or view.subtracted_weight is None or not statistic.per_head:
+        return value
+    return value - view.subtracted_weight * statistic.compute(view.subtracted)

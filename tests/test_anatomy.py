@@ -1,4 +1,4 @@
-"""Token layouts, checked against what the models themselves pass through their blocks."""
+"""Where models keep their parts, and token layouts checked against what they pass through their blocks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from vitprobe.errors import AttentionNotSeenError
-from vitprobe.models.tokens import TokenLayout, default_image_size, find_trunk, token_layout
+from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.tokens import TokenLayout
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
 NAFLEX = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+
+
+def token_layout(module, size=None):
+    anatomy = find_anatomy(module)
+    return anatomy.layout(size or anatomy.image_size)
 
 
 class Inside(nn.Module):
@@ -55,8 +61,8 @@ MODELS = {
 
 def tokens_in_the_first_block(module: nn.Module, image_size: tuple[int, int]) -> int:
     lengths = []
-    blocks = find_trunk(module).blocks
-    with blocks[0].register_forward_pre_hook(lambda block, args: lengths.append(args[0].shape[1])), torch.no_grad():  # type: ignore[index,union-attr]
+    blocks = find_anatomy(module).blocks
+    with blocks[0].register_forward_pre_hook(lambda block, args: lengths.append(args[0].shape[1])), torch.no_grad():
         module.eval()(torch.zeros(1, 3, *image_size))
     (length,) = lengths
     return length
@@ -123,11 +129,11 @@ def test_a_register_at_the_front_is_no_cls():
 
 
 def test_sizes():
-    assert default_image_size(VisionTransformer(**{**SMALL, "img_size": (32, 48)})) == (32, 48)
+    assert find_anatomy(VisionTransformer(**{**SMALL, "img_size": (32, 48)})).image_size == (32, 48)
     naflex = NaFlexVit(NaFlexVitCfg(**NAFLEX))
-    assert default_image_size(naflex) == (224, 224)
+    assert find_anatomy(naflex).image_size == (224, 224)
     naflex.pretrained_cfg = {"input_size": (3, 64, 96)}  # type: ignore[assignment]
-    assert default_image_size(naflex) == (64, 96)
+    assert find_anatomy(naflex).image_size == (64, 96)
     assert token_layout(naflex).grid == (8, 12)
 
 
@@ -165,32 +171,10 @@ def test_every_isotropic_family_of_timm_has_a_layout():
         assert (layout.has_cls, layout.num_registers, layout.grid) == (has_cls, registers, grid), name
 
 
-@pytest.mark.parametrize("name", ["hiera_tiny_224", "crossvit_tiny_240", "mobilenetv3_small_050"])
-def test_blocks_without_a_known_grid_are_refused(name):
-    with torch.device("meta"):
-        module = timm.create_model(name)
-    with pytest.raises(AttentionNotSeenError) as caught:
-        token_layout(module)
-    assert str(caught.value) == (
-        f"{type(module).__name__} has blocks but no .patch_embed with a patch size, so its patch grid is not known; "
-        "use an isotropic Vision Transformer of timm (vitprobe models)"
-    )
-
-
-@pytest.mark.parametrize("module", [nn.Linear(1, 1), nn.Sequential()])
-def test_models_without_blocks_are_refused(module):
-    with pytest.raises(AttentionNotSeenError) as caught:
-        find_trunk(module)
-    assert str(caught.value) == (
-        f"{type(module).__name__} has no list of transformer blocks at .blocks or .encoder.blocks, so its attention "
-        "cannot be captured; use an isotropic Vision Transformer (vitprobe models)"
-    )
-
-
 def test_an_empty_list_of_blocks_is_none():
     module = nn.Module()
     module.blocks = nn.ModuleList()
     with pytest.raises(AttentionNotSeenError):
-        find_trunk(module)
+        find_anatomy(module)
     module.encoder = VisionTransformer(**SMALL)
-    assert find_trunk(module) is module.encoder
+    assert find_anatomy(module).blocks == (module.encoder.blocks[0],)

@@ -1,0 +1,1 @@
+"""What vitprobe is measured by: scripts that make the tables of docs/."""

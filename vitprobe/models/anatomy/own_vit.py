@@ -1,0 +1,140 @@
+"""Vision Transformers that follow no library: their parts are found by what nearly everybody calls them.
+
+This finds torchvision's, open_clip's and OpenAI's too, and those of the official DINO, MAE, iBOT and DINOv2 code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from vitprobe.errors import AttentionNotSeenError
+from vitprobe.models.anatomy.parts import Anatomy, Size, pair, read_images
+from vitprobe.models.tokens import TokenLayout
+
+_BLOCKS = ("blocks", "layers", "layer", "resblocks", "encoder_layers", "transformer_blocks")
+_CLS = ("cls_token", "class_token", "class_embedding", "cls_embedding", "cls")
+_DISTILLATION = ("dist_token", "distillation_token")
+_REGISTERS = ("reg_token", "reg_tokens", "register_token", "register_tokens", "registers", "storage_tokens")
+_POSITIONS = ("pos_embed", "pos_embedding", "positional_embedding", "position_embedding", "position_embeddings")
+_SIZES = ("img_size", "image_size", "input_resolution")
+HELP = (
+    "say it with load_model(model, layout=vitprobe.TokenLayout(grid=(14, 14), has_cls=True, patch_size=(16, 16)), "
+    "blocks=list(model.blocks))"
+)
+
+
+def recognise(
+    module: nn.Module, layout: TokenLayout | None = None, blocks: Sequence[nn.Module] | None = None
+) -> Anatomy:
+    """The anatomy of any model that has a list of blocks and a patch convolution, or whose `layout` is given.
+
+    Args:
+        module: the model.
+        layout: its tokens for the images it was built for; other sizes get the grid that its patch size makes.
+        blocks: its blocks in the order in which they run, where they cannot be found.
+
+    Raises:
+        AttentionNotSeenError: where no blocks or no patch size are found; says what to write.
+    """
+    name = type(module).__name__
+    found = list(blocks) if blocks is not None else _find_blocks(module)
+    if not found:
+        raise AttentionNotSeenError(
+            f"no list of alike transformer blocks was found in {name}, so there is no attention to capture; if it has "
+            f"some, {HELP}"
+        )
+    convolution = _patch_convolution(module)
+    of_size: Callable[[Size], TokenLayout]
+    if layout is not None:
+        of_size, size = _scaled(layout), (layout.grid[0] * layout.patch_size[0], layout.grid[1] * layout.patch_size[1])
+    elif convolution is not None:
+        cls, distillation, registers = (_count(module, names) for names in (_CLS, _DISTILLATION, _REGISTERS))
+        own: Any = getattr(module, "patch_size", None)
+        patch = pair(own) if isinstance(own, int | tuple | list) else pair(convolution.stride)
+        of_size = _scaled(TokenLayout((1, 1), cls > 0, distillation, registers, patch))
+        size = _image_size(module, convolution, patch, cls + distillation + registers)
+    else:
+        raise AttentionNotSeenError(
+            f"{name} has no convolution that cuts images into patches, so its patch grid is not known; {HELP}"
+        )
+    return Anatomy(
+        module=module,
+        blocks=tuple(found),
+        images_enter=module if convolution is None else convolution,
+        layout=of_size,
+        image_size=size,
+        any_size=True,  # it says so itself where it does not
+        read_input=read_images(of_size, name),
+    )
+
+
+def _scaled(layout: TokenLayout) -> Callable[[Size], TokenLayout]:
+    """Image size → `layout` with as many whole patches as fit."""
+
+    def of_size(size: Size) -> TokenLayout:
+        grid = (size[0] // layout.patch_size[0], size[1] // layout.patch_size[1])
+        return TokenLayout(grid, layout.has_cls, layout.num_distillation, layout.num_registers, layout.patch_size)
+
+    return of_size
+
+
+def _find_blocks(module: nn.Module) -> list[nn.Module]:
+    """The longest list of modules of one class: of those with a usual name first, then of all."""
+    lists = [
+        (name.rpartition(".")[2] in _BLOCKS, len(part), list(part))
+        for name, part in module.named_modules()
+        if isinstance(part, nn.ModuleList | nn.Sequential) and _alike(list(part))
+    ]
+    if not lists:
+        return []
+    blocks = max(lists, key=lambda candidate: candidate[:2])[2]
+    # A list in a list, such as [attention, MLP], is never called itself: its attention stands for the block.
+    while blocks and all(isinstance(block, nn.ModuleList) for block in blocks):
+        blocks = [next(block.children()) for block in blocks]
+    return blocks
+
+
+def _alike(parts: list[nn.Module]) -> bool:
+    """Whether these can be transformer blocks: of one class, each with a linear map of its own inside."""
+    return len({type(part) for part in parts}) == 1 and all(
+        not isinstance(part, nn.Linear) and any(isinstance(inner, nn.Linear) for inner in part.modules())
+        for part in parts
+    )
+
+
+def _patch_convolution(module: nn.Module) -> nn.Conv2d | None:
+    """The first convolution, if its windows tile the image."""
+    first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
+    tiles = first is not None and tuple(first.stride) == tuple(first.kernel_size) and max(first.stride) > 1
+    return first if tiles else None
+
+
+def _parameters(module: nn.Module, names: Sequence[str]) -> Iterator[Any]:
+    """Parameters and embeddings at the top of a model or one part down, of one of these names."""
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        parts = name.removesuffix(".weight").split(".")
+        if len(parts) <= 3 and parts[-1] in names:
+            yield value
+
+
+def _count(module: nn.Module, names: Sequence[str]) -> int:
+    """Tokens that a parameter `(1, T, D)`, `(T, D)` or `(D,)` of one of these names holds; 0 without one."""
+    return next((value.numel() // value.shape[-1] for value in _parameters(module, names)), 0)
+
+
+def _image_size(module: nn.Module, convolution: nn.Conv2d, patch: Size, num_prefix: int) -> Size:
+    """What the model says, else what its position embeddings are for, else 224 pixels."""
+    holders = [part for part in module.modules() if part is module or convolution in part.children()]
+    for value in (getattr(holder, name, None) for holder in holders for name in _SIZES):
+        if isinstance(value, int | tuple | list):
+            return pair(value)
+    for value in _parameters(module, _POSITIONS):
+        for count in (value.shape[-2] - num_prefix, value.shape[-2]):
+            side = math.isqrt(max(count, 0))
+            if side and side * side == count:
+                return side * patch[0], side * patch[1]
+    return 224, 224

@@ -1,0 +1,91 @@
+"""`Anatomy`: what must be known of a model before its attention can be watched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vitprobe.errors import AttentionNotSeenError
+from vitprobe.models.tokens import TokenLayout
+
+Size = tuple[int, int]
+# One layout for all images of a batch or, where images of several grids were padded to one length, one for each.
+Layouts = TokenLayout | tuple[TokenLayout, ...]
+
+
+def _nothing(stack: ExitStack) -> None:
+    """Most models are watched as they are."""
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """The parts of a Vision Transformer that capture and preprocessing deal with.
+
+    Attributes:
+        module: the image tower itself, which takes images.
+        blocks: its transformer blocks in the order in which they run.
+        images_enter: the part whose first tensor is the batch of images.
+        layout: images of `(height, width)` pixels → their tokens.
+        image_size: height and width that the model was built for, in pixels.
+        any_size: whether it takes other sizes as it is.
+        read_input: arguments of `images_enter` (positional, by keyword) → the layouts of that batch; raises
+            AttentionNotSeenError for an input whose patch grid cannot be known.
+        prepare: what a capture changes for its time, such as masking switched off; the stack undoes it.
+    """
+
+    module: nn.Module
+    blocks: tuple[nn.Module, ...]
+    images_enter: nn.Module
+    layout: Callable[[Size], TokenLayout]
+    image_size: Size
+    any_size: bool
+    read_input: Callable[[tuple[Any, ...], dict[str, Any]], Layouts]
+    prepare: Callable[[ExitStack], None] = _nothing
+
+    @property
+    def width(self) -> int | None:
+        """Numbers a token; None where the model does not say."""
+        return self._number("embed_dim", "hidden_size", "hidden_dim", "num_features", "width", "dim", "d_model")
+
+    @property
+    def num_heads(self) -> int | None:
+        """Heads of the first block's attention; None where the model does not say."""
+        return self._number("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+
+    def _number(self, *names: str) -> int | None:
+        """The first whole number of one of these names, in the first block from its attention on, then in the model."""
+        block: Any = self.blocks[0]
+        places = [*block.modules(), self.module, getattr(self.module, "config", None)]
+        found = (getattr(place, name, None) for name in names for place in places)
+        return next((value for value in found if isinstance(value, int)), None)
+
+
+def read_images(
+    layout: Callable[[Size], TokenLayout], name: str
+) -> Callable[[tuple[Any, ...], dict[str, Any]], TokenLayout]:
+    """The `read_input` of a model called `name` that takes images `(B, channels, height, width)`."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenLayout:
+        images = first_tensor((*args, *kwargs.values()))
+        if images is None or images.ndim != 4:
+            came = "no tensor" if images is None else f"a tensor of shape {tuple(images.shape)}"
+            raise AttentionNotSeenError(
+                f"{name} got {came}; capture needs a batch of images (B, 3, H, W) to know the patch grid"
+            )
+        return layout((int(images.shape[-2]), int(images.shape[-1])))
+
+    return read
+
+
+def first_tensor(values: Iterable[Any]) -> Tensor | None:
+    """The tensor that comes first in `values`, or None."""
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def pair(value: Any) -> Size:
+    """(height, width) of a side or of a pair."""
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[1]))

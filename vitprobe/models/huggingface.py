@@ -1,0 +1,205 @@
+"""Vision models of Hugging Face transformers by their repository: "hf:facebook/vit-mae-base" (the extra `hf`)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprobe.errors import UserError
+from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.building import ImageSize, pair, require_size
+from vitprobe.models.checkpoints import read_checkpoint
+from vitprobe.models.hub import fetch_from_hub, require_hub
+from vitprobe.models.huggingface_images import describe_preprocessing, require_images
+from vitprobe.models.pickles import one_line
+
+PREFIX = "hf:"
+_INDEX = ".index.json"  # of weights in several files
+_WEIGHTS = tuple(name + ending for name in ("model.safetensors", "pytorch_model.bin") for ending in ("", _INDEX))
+# How the convolution that cuts patches is called; its place tells where the image tower is among all weights.
+_PATCHES = "embeddings.patch_embedding"
+# What a tower may lack, or have too much, and see the same.
+_OPTIONAL = ("mask_token", "pooler.", "position_ids", "relative_position_index")
+_HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "head.", "lm_head.", "decoder.")
+_INSTEAD = "use a Vision Transformer, such as hf:facebook/dinov2-base"
+
+
+def load_huggingface(
+    repository: str, *, img_size: ImageSize = None, weights: Path | None = None, pretrained: bool = True
+) -> nn.Module:
+    """The image tower of a repository of the Hugging Face hub, by transformers; float32, in eval mode.
+
+    A ViTMAE shows all patches in their order, and position embeddings are interpolated for images of another size.
+    Its `pretrained_cfg` says, as timm's does, how the repository prepares images. No code of the repository is run.
+
+    Args:
+        repository: `owner/name` or `owner/name@revision`.
+        img_size: what its images are to be, in pixels, a side or (height, width).
+        weights: a file to take them from instead.
+        pretrained: False for random weights (from torch's global seed).
+
+    Raises:
+        UserError: where transformers or the repository is missing, holds no vision model, or does not fit.
+        AttentionNotSeenError: for a vision model whose attention cannot be captured.
+    """
+    outline = _outline(repository, img_size)  # before the download
+    if not pretrained:
+        module = type(outline)(outline.config)
+    else:
+        files = [weights] if weights is not None else _fetch_weights(repository)
+        if weights is None:
+            # The cache may have held the config of an older commit: take the one beside the weights.
+            repository = _beside(repository, files[0])
+            outline = _outline(repository, img_size)
+        state = {name: tensor for file in files for name, tensor in read_checkpoint(file).items()}
+        module = _filled(outline, state, str(files[0]))
+    describe_preprocessing(module, repository)
+    # For good, not for one capture: this module is ours.
+    find_anatomy(module).prepare(ExitStack())
+    return module.float().eval()
+
+
+def require_huggingface(repository: str, *, img_size: ImageSize = None, weights: Path | None = None) -> None:
+    """Returns where nothing that can be known without the weights keeps `load_huggingface` from loading a model.
+
+    Args and Raises: as `load_huggingface`.
+    """
+    _outline(repository, img_size)
+    if weights is None:
+        require_hub(repository, _WEIGHTS)
+
+
+def _outline(repository: str, img_size: ImageSize) -> Any:
+    """The image tower on the meta device: names and shapes, from the repository's config.json alone."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f"{PREFIX}{repository} needs the library transformers: pip install 'vitprobe[hf]'") from error
+
+    path = fetch_from_hub(repository, ("config.json",))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        kind = content.get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: it is no JSON of a model; delete it to download it again") from error
+    if not isinstance(kind, str) and "architecture" in content:
+        raise UserError(f"{PREFIX}{repository} holds a model of timm's: write hf-hub:{repository}")
+    what = f"{PREFIX}{repository} holds no vision model"
+    known = (content.get("architectures") or [kind])[0]
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"{what} that transformers {transformers.__version__} knows: its config.json is of a {known}; {_INSTEAD}"
+        )
+    for name in ("dtype", "torch_dtype"):  # how the weights were saved; here they are float32
+        content.pop(name, None)
+    try:
+        with _quiet():
+            config: Any = transformers.CONFIG_MAPPING[kind].from_dict(content)
+            config = getattr(config, "vision_config", config)
+            tower = transformers.MODEL_MAPPING.get(type(config), None)
+            if getattr(tower, "main_input_name", "") != "pixel_values":
+                raise UserError(f"{what}: its config.json is of a {known}; {_INSTEAD}")
+            with torch.device("meta"):
+                module = tower(config)  # type: ignore[misc]
+    except UserError:
+        raise
+    except Exception as error:  # transformers trusts its arguments
+        raise UserError(
+            f"transformers cannot build what the config.json of {PREFIX}{repository} describes: {one_line(error, 160)}"
+        ) from error
+    anatomy = find_anatomy(module)
+    require_images(module)
+    require_size(anatomy, None if img_size is None else pair(img_size), f"{PREFIX}{repository}")
+    return module
+
+
+def _fetch_weights(repository: str) -> list[Path]:
+    """The files of a repository's weights."""
+    path = fetch_from_hub(repository, _WEIGHTS)
+    if not path.name.endswith(_INDEX):
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: it lists no weights; delete it to download it again") from error
+    return [fetch_from_hub(_beside(repository, path), (name,)) for name in names]
+
+
+def _beside(repository: str, file: Path) -> str:
+    """The repository at the commit that a cached file of it is of, which names its folder."""
+    return f"{repository.partition('@')[0]}@{file.parent.name}"
+
+
+def _filled(outline: Any, state: dict[str, Tensor], source: str) -> nn.Module:
+    """The model with weights in it, which transformers translates from the names of its older versions.
+
+    Raises:
+        UserError: where names are missing or unexpected, or shapes differ.
+    """
+    tower: Any = type(outline)
+    root, own_root = _root(state), _root(outline.state_dict())
+    state = {own_root + name.removeprefix(root): tensor for name, tensor in state.items() if name.startswith(root)}
+    options = {}
+    if "add_pooling_layer" in inspect.signature(tower).parameters and not any("pooler." in name for name in state):
+        options["add_pooling_layer"] = False
+    faults = {}
+    try:
+        with _quiet():
+            module, report = tower.from_pretrained(
+                None,
+                config=outline.config,
+                state_dict={name: tensor.float() for name, tensor in state.items()},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+    except Exception as error:
+        raise UserError(f"{source} does not fit {tower.__name__}: {one_line(error, 160)}") from error
+    for what, names in (
+        ("missing", [name for name in report["missing_keys"] if not _any_of(_OPTIONAL, name)]),
+        ("unexpected", [name for name in report["unexpected_keys"] if not _any_of(_OPTIONAL + _HEADS, name)]),
+        # Names in version 4, with both shapes in version 5.
+        ("of another shape", [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]),
+    ):
+        if names:
+            faults[what] = f"{len(names)} {what}: {_some(sorted(names))}"
+    if faults:
+        raise UserError(f"{source} does not fit {tower.__name__}: {'; '.join(faults.values())}")
+    return module
+
+
+def _root(names: Iterable[str]) -> str:
+    """What precedes the names of an image tower's parts: "", "vit.", "vision_model." and the like."""
+    return next((name.partition(_PATCHES)[0] for name in names if _PATCHES in name), "")
+
+
+def _any_of(parts: tuple[str, ...], name: str) -> bool:
+    return any(part in name for part in parts)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(one_line(name, 80) for name in names[:3]) + (", …" if len(names) > 3 else "")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own progress bar and report: what there is to say, we say."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
