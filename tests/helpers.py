@@ -70,6 +70,8 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if any(word in name for word in ("token", "embed", "table", "pos_")) and "proj" not in name:
                 parameter.normal_(std=1.0, generator=generator)
+            elif "lambda_" in name:  # of differential attention; their products are exponents
+                parameter.normal_(std=0.1, generator=generator)
             elif parameter.ndim >= 2:
                 parameter.normal_(std=(2 / parameter[0].numel()) ** 0.5, generator=generator)
             elif name.endswith("bias"):

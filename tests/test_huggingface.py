@@ -674,6 +674,12 @@ def test_without_settings_the_class_has_its_own_or_timms(publish):
     clip = load_model(tiny_clip()).transform
     assert clip.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     assert (clip.size, clip.resize) == ((32, 32), (32, 32))
+
+    class OwnConfig(transformers.CLIPVisionConfig):
+        pass
+
+    module = transformers.CLIPVisionModel(OwnConfig(**SIZES))
+    assert load_model(module).transform.mean == pytest.approx((0.485, 0.456, 0.406))
     # transformers lends ViTMAE the processor of ViT, with another mean than MAE was trained with.
     mae = load_model(tiny("ViTMAEModel")).transform
     assert mae.mean == pytest.approx((0.485, 0.456, 0.406))

@@ -115,7 +115,7 @@ def _outline(repository: str, img_size: ImageSize) -> Any:
             f"transformers cannot build what the config.json of {PREFIX}{repository} describes: {one_line(error, 160)}"
         ) from error
     anatomy = find_anatomy(module)
-    require_images(module)
+    require_images(anatomy.module)
     require_size(anatomy, None if img_size is None else pair(img_size), f"{PREFIX}{repository}")
     return module
 

@@ -109,7 +109,10 @@ def _processor(folder: Path) -> Any:
 
 def _own_processor(config: Any) -> Any:
     """A processor of the very package that a config is of, with its defaults; None where that has none."""
-    package = importlib.import_module(type(config).__module__.rpartition(".")[0])
+    path = type(config).__module__.rpartition(".")[0]
+    if not path.startswith("transformers.models."):
+        return None
+    package = importlib.import_module(path)
     names = [name for name in dir(package) if "ImageProcessor" in name]
     return getattr(package, min(names, key=len))() if names else None
 

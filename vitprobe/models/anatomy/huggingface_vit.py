@@ -42,9 +42,9 @@ def recognise(module: nn.Module) -> Anatomy | None:
             f"{name} of transformers works in stages, on patch grids that change from one to the next, so its blocks "
             f"have no maps of one grid; {_INSTEAD}"
         )
-    embeddings: Any = tower.embeddings
     if takes_patches(tower):
         return _of_patches(tower)
+    embeddings: Any = tower.embeddings
     # Names and order of its parts are everybody's: [cls], distillation, registers, patches.
     anatomy = own_vit.recognise(tower)
     size: Any = getattr(tower.config, "image_size", None)
@@ -81,8 +81,8 @@ def _of_patches(tower: Any) -> Anatomy:
 
 
 def from_transformers(module: nn.Module) -> bool:
-    """Whether a module's class is of transformers, or derived from one of its models."""
-    return any(kind.__module__.startswith("transformers.models.") for kind in type(module).__mro__)
+    """Whether a module's class is of transformers, or derived from one of its classes."""
+    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
 
 
 def _is_tower(module: nn.Module) -> bool:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError
 from vitprobe.models.anatomy.parts import Anatomy, Size, pair, read_images
@@ -69,7 +71,24 @@ def recognise(
         image_size=size,
         any_size=True,  # it says so itself where it does not
         read_input=read_images(of_size, name),
+        prepare=_all_patches(module),
     )
+
+
+def _all_patches(module: nn.Module) -> Callable[[ExitStack], None]:
+    """Switches off what MAE's code calls `random_masking`, which shuffles the patches at any mask ratio."""
+
+    def keep_all(patches: Tensor, mask_ratio: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+        batch, count = patches.shape[:2]
+        order = torch.arange(count, device=patches.device).expand(batch, -1)
+        return patches, torch.zeros_like(order, dtype=patches.dtype), order
+
+    def prepare(stack: ExitStack) -> None:
+        if hasattr(type(module), "random_masking"):
+            module.random_masking = keep_all  # type: ignore[assignment]
+            stack.callback(delattr, module, "random_masking")
+
+    return prepare
 
 
 def _scaled(layout: TokenLayout) -> Callable[[Size], TokenLayout]:
@@ -92,10 +111,27 @@ def _find_blocks(module: nn.Module) -> list[nn.Module]:
     if not lists:
         return []
     blocks = max(lists, key=lambda candidate: candidate[:2])[2]
-    # A list in a list, such as [attention, MLP], is never called itself: its attention stands for the block.
     while blocks and all(isinstance(block, nn.ModuleList) for block in blocks):
-        blocks = [next(block.children()) for block in blocks]
+        blocks = _opened(blocks)
     return blocks
+
+
+def _opened(lists: list[nn.Module]) -> list[nn.Module]:
+    """What stands for the blocks in a list of lists, which are never called themselves.
+
+    Chunks of blocks (DINOv2's training code) are joined. Of a list of a block's parts, such as [attention, MLP], the
+    attention is taken: it is the part whose class says so, otherwise the first.
+    """
+    parts = [[part for part in one.children() if not isinstance(part, nn.Identity)] for one in lists]
+    attending = [[part for part in of_one if _names_attention(part)] for of_one in parts]
+    if all(attending):
+        return [part for of_one in attending for part in of_one]
+    return [of_one[0] for of_one in parts if of_one]
+
+
+def _names_attention(module: nn.Module) -> bool:
+    """Whether a class in a module is called after attention."""
+    return any("att" in type(part).__name__.lower() for part in module.modules())
 
 
 def _alike(parts: list[nn.Module]) -> bool:
