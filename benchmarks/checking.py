@@ -14,8 +14,9 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from benchmarks.peaked import make_peaked
-from tests.helpers import TOLERANCE
-from tests.reference import BlockTrace, largest_logit, reference_attention, reference_statistics, unfused, watch_tokens
+from comparing import reference_of
+from helpers import TOLERANCE
+from reference import BlockTrace, largest_logit, reference_attention, unfused, watch_tokens
 from vitprobe.attention.view import AttentionView
 from vitprobe.hooks.capture import Capture, capture
 from vitprobe.statistics import STATISTICS
@@ -87,9 +88,7 @@ def _captured(model: nn.Module, images: Tensor) -> tuple[Capture, Inputs]:
     inputs: Inputs = []
     with torch.no_grad(), capture(model) as attention:
         handles = [
-            block.register_forward_pre_hook(
-                lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True
-            )
+            block.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((args, kwargs)), with_kwargs=True)
             for block in attention.anatomy.blocks
         ]
         model(images)
@@ -138,7 +137,9 @@ class Comparison:
                 weights = own[:, number :: len(A)][:, heads].double().numpy()
                 own_error = max(own_error, float(np.abs(weights - attention).max()))
             whole = A[0] if len(A) == 1 else A[0] - float(view.subtracted_weight) * A[1]
-            for name, value in _statistics(view, whole, trace).items():
+            with np.errstate(all="ignore"):  # a difference has entropies that make no sense, and nobody asks for
+                of_heads = reference_of(view, whole, trace.tokens)
+            for name, value in of_heads.items():
                 expected.setdefault(name, []).append(value)
         self.peaks.append(float(np.mean(peaks)))
         self.max_logit = max(self.max_logit, logit)
@@ -185,17 +186,3 @@ def _reference(view: AttentionView, heads: slice) -> tuple[list[ndarray], float]
             matrices.append(reference_attention(*factors))
             largest = max(largest, largest_logit(*factors))
     return matrices, largest
-
-
-def _statistics(view: AttentionView, A: ndarray, trace: BlockTrace) -> dict[str, ndarray]:
-    layout = view.layout
-    with np.errstate(all="ignore"):  # a difference has rows and entropies that make no sense, and nobody asks for
-        return reference_statistics(
-            A,
-            grid=layout.grid,
-            prefix=layout.num_prefix_tokens,
-            has_cls=layout.has_cls,
-            registers=layout.num_registers,
-            patch_size=layout.patch_size,
-            tokens=trace.tokens,
-        )

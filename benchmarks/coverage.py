@@ -1,8 +1,8 @@
 """Every isotropic model of timm: seen, its queries and keys its own, its statistics those of float64.
 
-`python -m benchmarks.coverage` runs what is not in its results yet (a line a model in `runs/coverage/results.jsonl`; the
-same command goes on after a stop) and `--write` makes `docs/coverage.md` of them. Exit status 1 where a model was not
-seen or is out of bound.
+`python -m benchmarks.coverage` runs what is not in its results yet (a line a model in `runs/coverage/results.jsonl`;
+the same command goes on after a stop) and `--write` makes `docs/coverage.md` of them. Exit status 1 where a model was
+not seen or is out of bound.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.coverage_page import coverage_page
 from vitprobe.models.anatomy.unsupported import ISOTROPIC
 
 MEMORY_BYTES = 8 * 2**30
+PAGE = Path("docs/coverage.md")
 MODELS_A_WORKER = 12  # a worker that ends gives its memory back
 
 
@@ -85,7 +86,9 @@ def main() -> int:
     parser.add_argument("--max-params", type=float, default=100, help="largest model that is run whole, in millions")
     parser.add_argument("--max-tokens", type=int, default=1100, help="longest sequence of a model that is run whole")
     parser.add_argument("--again", action="store_true", help="also run what is in the results already")
-    parser.add_argument("--write", type=Path, nargs="?", const=Path("docs/coverage.md"), help="write the page, run nothing")
+    parser.add_argument(
+        "--write", type=Path, nargs="?", const=Path("docs/coverage.md"), help="write the page, run nothing"
+    )
     arguments = parser.parse_args()
 
     wanted = arguments.models or isotropic_models()

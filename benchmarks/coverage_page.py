@@ -9,16 +9,16 @@ import torch
 
 from benchmarks.checking import OWN_TOLERANCE
 from benchmarks.peaked import TARGET_PEAK
-from tests.helpers import TOLERANCE
+from helpers import TOLERANCE
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import STATISTICS
 
 Line = dict[str, Any]
 _PEAKED = 0.3
-_HEADER = (
-    "model | blocks | run | heads | tokens | layout | statistics | largest logit | mean peak | worst error | bound "
-    "| of | own attention | s"
-).split("|")
+_HEADER = [
+    *("model", "blocks", "run", "heads", "tokens", "layout", "statistics", "largest logit", "mean peak"),
+    *("worst error", "bound", "of", "own attention", "s"),
+]
 
 
 def coverage_page(lines: list[Line], wanted: int) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from vitprobe.errors import AttentionNotSeenError
 from vitprobe.hooks.capture import Capture, capture
-from vitprobe.models.anatomy.unsupported import CONVOLUTIONAL, ISOTROPIC
+from vitprobe.models.anatomy.unsupported import CONVOLUTIONAL
 from vitprobe.statistics import STATISTICS
 
 _PAGE = """\

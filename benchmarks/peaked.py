@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from tests.helpers import randomize
+from helpers import randomize
 
 TARGET_PEAK = 0.5  # the largest weight of a row, mean over rows and heads
 _SAMPLED_ROWS = 64

@@ -168,7 +168,8 @@ def watch_tokens(block: nn.Module, trace: BlockTrace) -> list:
         elif kind == "ParallelThingsBlock":  # x + Σ branches
             update, unscaled = sum(seen["branch"]), sum(seen["attn"])
         else:
-            assert kind in ("ParallelScalingBlock", "DiffParallelScalingBlock"), kind  # x + projection of attention and MLP together
+            in_one_sum = ("ParallelScalingBlock", "DiffParallelScalingBlock")  # x + projection of attention and MLP
+            assert kind in in_one_sum, kind
         trace.tokens = BlockTokens(residual, output, update, unscaled)
 
     handles = [block.register_forward_hook(finish)]

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 
 from vitprobe.errors import UserError
 from vitprobe.models import hub
-from vitprobe.models.loading import load_model, require_loadable, weights_sha256
+from vitprobe.models.loaded import weights_sha256
+from vitprobe.models.loading import load_model, require_loadable
 from vitprobe.models.registry import find_spec
 
 WAY_OUT = "; give the weights with --checkpoint FILE, or use a bundled model (--model mae_vit_nano)"

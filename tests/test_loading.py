@@ -18,9 +18,10 @@ from torch import nn
 
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
-from vitprobe.models import hub, loading
+from vitprobe.models import from_hub, hub, loading
 from vitprobe.models.building import architecture_of, build, spec_of
-from vitprobe.models.loading import LoadedModel, load_model, require_loadable, weights_sha256
+from vitprobe.models.loaded import LoadedModel, weights_sha256
+from vitprobe.models.loading import load_model, require_loadable
 from vitprobe.models.registry import find_spec
 from vitprobe.models.tokens import TokenLayout
 
@@ -143,7 +144,7 @@ def test_a_timm_model_with_random_weights():
 def test_a_timm_model_that_is_not_in_the_registry(tmp_path, monkeypatch):
     state = timm.create_model("vit_tiny_patch16_384", img_size=384).state_dict()
     save_file(state, tmp_path / "model.safetensors")
-    monkeypatch.setattr(loading, "fetch_from_hub", lambda repository, files: tmp_path / "model.safetensors")
+    monkeypatch.setattr(from_hub, "fetch_from_hub", lambda repository, files: tmp_path / "model.safetensors")
     model = load_model("vit_tiny_patch16_384", img_size=64)
     assert model.spec.source == "timm:vit_tiny_patch16_384.augreg_in21k_ft_in1k"
     assert (model.spec.paradigm, model.spec.licence) == ("unknown", "apache-2.0")
@@ -161,7 +162,7 @@ def test_a_timm_model_from_a_plain_address(tmp_path, monkeypatch):
     encoder = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     target = {name: torch.zeros_like(tensor) for name, tensor in encoder.items()}
     torch.save({"target_encoder": target, "encoder": encoder, "epoch": 1}, tmp_path / "weights.pth")
-    monkeypatch.setattr(loading, "fetch_from_address", lambda address, name: tmp_path / "weights.pth")
+    monkeypatch.setattr(from_hub, "fetch_from_address", lambda address, name: tmp_path / "weights.pth")
     model = load_model("vit_tiny_patch16_224.augreg_in21k")
     assert weights_sha256(model.module) == weights_sha256(module)
 

@@ -1,162 +1,28 @@
-"""Every statistic of the table against the float64 reference, on every kind of Vision Transformer that timm has."""
+"""The table of statistics: against the float64 reference, at extremes, and what each entry declares."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from helpers import assert_all_close, assert_close, images, random_view, tiny, tiny_vit
-from reference import (
-    BlockTokens,
-    largest_logit,
-    reference_attention,
-    reference_statistics,
-    unfused_run,
-)
+from comparing import assert_matches_reference, reference_of, reference_of_factors
+from helpers import assert_all_close, assert_close, images, random_view, tiny_vit
+from reference import largest_logit, reference_attention, reference_statistics
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
-from vitprobe.hooks.capture import Capture, capture
+from vitprobe.hooks.capture import capture
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import NEEDS, STATISTICS, Statistic, compute_statistics, select
-
-SMALL = {"img_size": 32, "patch_size": 8}
-
-# architecture → (options, what the layout must be: grid, prefix tokens, [cls], registers, patch size)
-ARCHITECTURES: dict[str, tuple[dict[str, Any], tuple]] = {
-    "vit_base_patch16_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),
-    "vit_base_patch14_reg4_dinov2": (SMALL, ((4, 4), 5, True, 4, (8, 8))),  # registers, LayerScale
-    "vit_medium_patch16_reg4_gap_256": (SMALL, ((4, 4), 4, False, 4, (8, 8))),  # registers without [cls]
-    "deit_tiny_distilled_patch16_224": (SMALL, ((4, 4), 2, True, 0, (8, 8))),
-    "vit_small_patch16_dinov3": (SMALL, ((4, 4), 5, True, 4, (8, 8))),  # RoPE
-    "beit_base_patch16_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # relative-position bias
-    "vit_relpos_small_patch16_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),
-    "vit_srelpos_small_patch16_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),  # one bias shared by all blocks
-    "vit_base_patch16_siglip_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),  # pooled by attention
-    "vit_pe_core_tiny_patch16_384": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # RoPE, [cls] and pooled by attention
-    "vit_tiny_r_s16_p8_224": ({"img_size": 64}, ((2, 2), 1, True, 0, (32, 32))),  # convolutional stem
-    "vit_small_patch16_18x2_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # two attentions side by side
-    "vit_base_patch16_xp_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # attention and MLP in one projection
-    "vit_base_patch16_rpn_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),  # norm behind attention
-    "vit_relpos_base_patch16_rpn_224": (SMALL, ((4, 4), 0, False, 0, (8, 8))),
-    "eva02_enormous_patch14_clip_224": (SMALL, ((4, 4), 1, True, 0, (8, 8))),  # norm behind attention
-    "vit_base_patch16_radio_v3": (SMALL, ((4, 4), 8, True, 7, (8, 8))),
-    "naflexvit_base_patch16_gap": ({"patch_size": 8}, ((4, 4), 4, False, 4, (8, 8))),
-    "deepseek_vit_412m": (SMALL, ((4, 4), 0, False, 0, (8, 8))),  # blocks in .encoder
-    "gemma4_vit_167m": (
-        {"img_size": 48, "patch_size": 8, "head_dim": 16, "intermediate_size": 64},
-        ((6, 6), 0, False, 0, (8, 8)),
-    ),  # scale 1, norm behind attention
-}
-NON_SQUARE = {
-    "vit_base_patch16_224": ((32, 48), {"img_size": (32, 48), "patch_size": 8}),
-    "beit_base_patch16_224": ((48, 32), {"img_size": (48, 32), "patch_size": 8}),
-    "vit_small_patch16_dinov3": ((48, 32), SMALL),  # a dynamic grid: not the one it was built for
-    "naflexvit_base_patch16_gap": ((24, 40), {"patch_size": 8}),
-}
-HEADS = {"vit_small_patch16_18x2_224": 8}  # two attentions of four heads
-
-
-def reference_of(view: AttentionView, A: np.ndarray, tokens: BlockTokens | None) -> dict[str, np.ndarray]:
-    layout = view.layout
-    return reference_statistics(
-        A,
-        grid=layout.grid,
-        prefix=layout.num_prefix_tokens,
-        has_cls=layout.has_cls,
-        registers=layout.num_registers,
-        patch_size=layout.patch_size,
-        tokens=tokens,
-    )
-
-
-def reference_of_factors(view: AttentionView) -> dict[str, np.ndarray]:
-    """The reference from the same queries and keys; residual norms stand in for one-dimensional tokens."""
-    tokens = None
-    if view.residual_norms is not None:
-        norms = (view.residual_norms, view.output_norms, view.update_norms, view.unscaled_update_norms)
-        tokens = BlockTokens(*[None if n is None else n.double().numpy()[..., None] for n in norms])
-    return reference_of(view, reference_attention(view.query, view.key, view.scale, view.bias), tokens)
-
-
-def assert_matches_reference(attention: Capture, **how: float) -> None:
-    values = attention.statistics()
-    for view in attention:
-        bound = {"max_logit": largest_logit(view.query, view.key, view.scale, view.bias)} | how
-        assert_all_close(
-            {name: value[:, view.block] for name, value in values.items()}, reference_of_factors(view), **bound
-        )
 
 
 def test_the_reference_covers_exactly_the_table() -> None:
     layout = TokenLayout(grid=(2, 2), has_cls=True, num_registers=1)
     assert set(reference_of_factors(random_view(layout))) == set(STATISTICS)
     assert set(compute_statistics(random_view(layout))) == set(STATISTICS)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_statistics_equal_the_reference_of_the_models_own_attention(name: str) -> None:
-    """In float64: the capture of the fused model against A and the tokens of an unfused run without capture."""
-    options, (grid, prefix, has_cls, registers, patch_size) = ARCHITECTURES[name]
-    model = tiny(name, **options).double()
-    x = images(2, options.get("img_size", 32)).double()
-    expected = unfused_run(model, x)
-    with torch.no_grad(), capture(model) as attention:
-        model(x)
-    values = attention.statistics()
-    assert len(attention) == len(expected) == 2
-    for view, trace in zip(attention, expected, strict=True):
-        layout = view.layout
-        assert (layout.grid, layout.num_prefix_tokens, layout.has_cls) == (grid, prefix, has_cls)
-        assert (layout.num_registers, layout.patch_size) == (registers, patch_size)
-        assert view.num_heads == HEADS.get(name, 4)
-        assert trace.A.max() > 0.2, "attention is not peaked: the test would see little"
-        assert_close(view.probabilities(), trace.A, tolerance=1e-9)
-        of_block = {key: value[:, view.block] for key, value in values.items()}
-        reference = reference_of(view, trace.A, trace.tokens)
-        assert_all_close(of_block, reference, tolerance=1e-8)
-        assert set(of_block) | set(attention.undefined) == set(STATISTICS)
-    assert all(value.dtype == torch.float64 for value in values.values())
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_float32_statistics_stay_within_the_error_bound(name: str) -> None:
-    options, _ = ARCHITECTURES[name]
-    model = tiny(name, **options)
-    with torch.no_grad(), capture(model) as attention:
-        model(images(2, options.get("img_size", 32)))
-    assert_matches_reference(attention)
-
-
-@pytest.mark.parametrize("name", NON_SQUARE)
-def test_images_that_are_not_square(name: str) -> None:
-    (height, width), options = NON_SQUARE[name]
-    model = tiny(name, **options).double()
-    x = images(2, height, width).double()
-    expected = unfused_run(model, x)
-    with torch.no_grad(), capture(model) as attention:
-        model(x)
-    values = attention.statistics()
-    for view, trace in zip(attention, expected, strict=True):
-        assert view.layout.grid == (height // 8, width // 8)
-        of_block = {key: value[:, view.block] for key, value in values.items()}
-        assert_all_close(of_block, reference_of(view, trace.A, trace.tokens), tolerance=1e-8)
-
-
-def test_beit_keeps_its_bias_in_float32_under_autocast() -> None:
-    model = tiny("beit_base_patch16_224", **SMALL)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), capture(model) as attention:
-        model(images())
-    for view in attention:
-        assert view.query.dtype == torch.bfloat16
-        assert view.bias is not None and view.bias.dtype == torch.float32
-        assert (view.bias.bfloat16() != view.bias).any()
-    assert all(value.dtype == torch.float32 for value in attention.statistics().values())
-    assert_matches_reference(attention)
 
 
 # Extremes ------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,8 @@ def _is_sum(total: Tensor, residual: Tensor, update: Tensor) -> bool:
     if not total.shape == residual.shape == update.shape:
         return False
     rounding = 2 * max(torch.finfo(tensor.dtype).eps for tensor in (total, residual, update))
-    total, residual, update = (tensor.detach().float() for tensor in (total, residual, update))
+    wide = torch.promote_types(total.dtype, torch.float32)
+    total, residual, update = (tensor.detach().to(wide) for tensor in (total, residual, update))
     rounding *= float(residual.norm() + update.norm())
     return bool((total - residual - update).norm() <= rounding)
 

@@ -2,78 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
-from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.building import ImageSize, architecture_of, build, outline, pair, require_size, spec_of
 from vitprobe.models.checkpoints import (
     DOWNLOAD_AGAIN,
     classifier_size,
-    load_downloaded,
     load_into,
     read_checkpoint,
     require_file,
     strip_prefix,
 )
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, BUNDLED_CLASSES, ModelSpec
-from vitprobe.models.hub import (
-    WEIGHT_FILES,
-    fetch_from_address,
-    fetch_from_hub,
-    fetch_official,
-    hub_repository,
-    require_address,
-    require_hub,
-    require_official,
+from vitprobe.models.from_hub import (
+    load_from_hub,
+    load_from_timm,
+    load_from_transformers,
+    require_repository,
+    require_timm,
 )
-from vitprobe.models.huggingface import load_huggingface, require_huggingface
+from vitprobe.models.hub import fetch_official, require_official
+from vitprobe.models.huggingface import PREFIX, require_huggingface
 from vitprobe.models.huggingface_images import describe_preprocessing
+from vitprobe.models.loaded import LoadedModel, finish, random_spec
 from vitprobe.models.official.checks import require_heads
 from vitprobe.models.official.entries import OfficialCheckpoint, find_official
 from vitprobe.models.official.weights import load_official
-from vitprobe.models.registry import all_specs, find_spec
+from vitprobe.models.registry import find_spec
 from vitprobe.models.tokens import TokenLayout
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pyth", ".npz")
 _HUB_PREFIXES = ("hf-hub:", "hf_hub:")
-_HUGGINGFACE = "hf:"
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedModel:
-    """A model ready to be probed.
-
-    Attributes:
-        module: the model; float32 and in eval mode where it was built here.
-        layout: its tokens for the images that `transform` makes.
-        transform: from a picture to the tensor it expects.
-        spec: what is known of it.
-        anatomy: where it keeps its blocks and takes its images.
-    """
-
-    module: nn.Module
-    layout: TokenLayout
-    transform: ImageTransform
-    spec: ModelSpec
-    anatomy: Anatomy
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward pass."""
-        return self.module(*args, **kwargs)
 
 
 def load_model(
@@ -91,7 +59,8 @@ def load_model(
     Args:
         name: an alias ("mae_vit_b"; `list_models` has them), any timm name with or without tag, a repository of the
             Hugging Face hub ("hf:owner/name" for transformers, "hf-hub:owner/name" for timm), a checkpoint file (with
-            `arch`), an `nn.Module` (wrapped as it is, its mode too), or a LoadedModel (returned).
+            `arch`), an `nn.Module` (in its own mode; of one of images and texts, or with a head of transformers around it,
+            the image tower), or a LoadedModel (returned).
         checkpoint: a file whose weights to take instead of downloading the named model's.
         arch: the architecture of the weights in a file: an alias or a timm name.
         img_size: pixels of the input, a side or (height, width); position embeddings are resampled to it.
@@ -114,19 +83,19 @@ def load_model(
     if layout is not None or blocks is not None:
         raise UserError("layout and blocks are for a module of your own: of a model by name they are known")
     name, path, arch = _sort_out(name, checkpoint, arch, pretrained)
-    if (arch or name).startswith(_HUGGINGFACE):
-        return _load_from_transformers(arch or name, path, img_size, pretrained)
+    if (arch or name).startswith(PREFIX):
+        return load_from_transformers(arch or name, path, img_size, pretrained)
     if path is not None:
         # "This alias, from this file" says what the weights are; --arch says only how they are laid out.
         return _load_file(path, arch or name, None if arch else find_spec(name), img_size)
     if name.startswith(_HUB_PREFIXES):
-        return _load_from_hub(name.partition(":")[2], img_size, pretrained)
+        return load_from_hub(name.partition(":")[2], img_size, pretrained)
     if entry := find_official(name):
         return _load_official(entry, img_size, pretrained)
     architecture = architecture_of(name)
     if architecture in BUNDLED_ARCHITECTURES:
         return _load_bundled(name, architecture, img_size, pretrained)
-    return _load_from_timm(name, architecture, img_size, pretrained)
+    return load_from_timm(name, architecture, img_size, pretrained)
 
 
 def require_loadable(
@@ -143,15 +112,12 @@ def require_loadable(
     if img_size is not None:
         pair(img_size)
     name, path, arch = _sort_out(name, checkpoint, arch, pretrained=True)
-    if (arch or name).startswith(_HUGGINGFACE):
-        require_huggingface((arch or name).removeprefix(_HUGGINGFACE), img_size=img_size, weights=path)
+    if (arch or name).startswith(PREFIX):
+        require_huggingface((arch or name).removeprefix(PREFIX), img_size=img_size, weights=path)
     elif path is not None:
         outline(architecture_of(arch or name), img_size=img_size, num_classes=0)
     elif name.startswith(_HUB_PREFIXES):
-        repository = name.partition(":")[2]
-        folder, config = _hub_config(repository)
-        _built_by_hub(repository, outline, folder, img_size)
-        require_hub(repository, _hub_weights(config))
+        require_repository(name.partition(":")[2], img_size)
     elif entry := find_official(name):
         outline(entry.spec.name, img_size=img_size)
         require_official(entry)
@@ -159,24 +125,7 @@ def require_loadable(
         _bundled_spec(name)
         outline(architecture, img_size=img_size)
     else:
-        config = _timm_config(name, architecture)
-        outline(architecture, img_size=img_size)
-        if config.hf_hub_id:
-            require_hub(config.hf_hub_id, _timm_files(config))
-        else:
-            require_address(str(config.url), name)
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """The SHA-256 of a model's weights: names in order, kind of number, shape and bytes; the same on every device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
-            digest.update(f"{len(header)}:{header}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        require_timm(name, architecture, img_size)
 
 
 def _sort_out(
@@ -209,7 +158,7 @@ def _sort_out(
 
 def _looks_like_file(name: str) -> bool:
     """Whether a name means a file: an existing one, or one with a checkpoint's suffix; never a known model."""
-    if find_spec(name) is not None or name.startswith((*_HUB_PREFIXES, _HUGGINGFACE)):
+    if find_spec(name) is not None or name.startswith((*_HUB_PREFIXES, PREFIX)):
         return False
     if name.endswith(_SUFFIXES):
         return True
@@ -249,17 +198,17 @@ def _wrap(
                 f"{spec.name} is built for images of {usual[0]}×{usual[1]} pixels: for {size[0]}×{size[1]}, load it by "
                 f"name with img_size, or build it so"
             )
-    return _finish(anatomy.module, spec, size or describe_preprocessing(anatomy.module), anatomy)
+    return finish(anatomy.module, spec, size or describe_preprocessing(anatomy.module), anatomy)
 
 
 def _load_bundled(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
     spec = _bundled_spec(name)
     module = build(architecture, img_size=img_size, num_classes=BUNDLED_CLASSES[spec.name])
     if not pretrained:
-        return _finish(module.eval(), _random(spec), img_size)
+        return finish(module.eval(), random_spec(spec), img_size)
     path = BUNDLED_FOLDER / f"{spec.name}.safetensors"
     load_into(module, read_checkpoint(path), source=str(path))
-    return _finish(module.eval(), spec, img_size)
+    return finish(module.eval(), spec, img_size)
 
 
 def _bundled_spec(name: str) -> ModelSpec:
@@ -278,7 +227,7 @@ def _load_file(path: Path, arch: str, spec: ModelSpec | None, img_size: ImageSiz
     if spec is None:
         spec = spec_of(module, path.name.partition(".")[0] or path.name, f"file:{path.name}")
         spec = replace(spec, licence="")  # the config's is that of timm's weights, not of these
-    return _finish(module.eval(), replace(spec, source=f"file:{path.name}"), img_size)
+    return finish(module.eval(), replace(spec, source=f"file:{path.name}"), img_size)
 
 
 def _load_plain_file(path: Path, architecture: str, img_size: ImageSize) -> nn.Module:
@@ -297,140 +246,7 @@ def _load_plain_file(path: Path, architecture: str, img_size: ImageSize) -> nn.M
 def _load_official(entry: OfficialCheckpoint, img_size: ImageSize, pretrained: bool) -> LoadedModel:
     """A checkpoint that timm lacks, from where its authors released it."""
     if not pretrained:
-        return _finish(build(entry.spec.name, img_size=img_size).eval(), _random(entry.spec), img_size)
+        return finish(build(entry.spec.name, img_size=img_size).eval(), random_spec(entry.spec), img_size)
     outline(entry.spec.name, img_size=img_size)  # before the download
     path = fetch_official(entry)
-    return _finish(load_official(entry, path, img_size=img_size, hint=DOWNLOAD_AGAIN).eval(), entry.spec, img_size)
-
-
-def _load_from_timm(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
-    config = timm.get_pretrained_cfg(architecture)
-    tagged = architecture if "." in architecture or not (config and config.tag) else f"{architecture}.{config.tag}"
-    spec = find_spec(name) or find_spec(tagged)
-    if not pretrained:
-        module = build(architecture, img_size=img_size)
-        return _finish(module.eval(), _random(spec or spec_of(module, name, "random")), img_size)
-    config = _timm_config(name, architecture)
-    outline(architecture, img_size=img_size)  # before the download
-    if config.hf_hub_id:
-        path = fetch_from_hub(config.hf_hub_id, _timm_files(config))
-    else:
-        path = fetch_from_address(str(config.url), name)
-    module = build(architecture, img_size=img_size)
-    load_downloaded(module, path)
-    return _finish(module.eval(), spec or spec_of(module, name, f"timm:{tagged}"), img_size)
-
-
-def _timm_config(name: str, architecture: str) -> Any:
-    """timm's config of weights that it has."""
-    config = timm.get_pretrained_cfg(architecture)
-    if config is None or not (config.hf_hub_id or config.url):
-        raise UserError(f"timm has no weights for {name}: give some with --checkpoint FILE --arch {name}")
-    return config
-
-
-def _timm_files(config: Any) -> tuple[str, ...]:
-    return (config.hf_hub_filename,) if config.hf_hub_filename else WEIGHT_FILES
-
-
-def _load_from_hub(repository: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
-    """A repository of the Hugging Face hub that timm wrote."""
-    folder, config = _hub_config(repository)
-    weights = None
-    if pretrained:
-        _built_by_hub(repository, outline, folder, img_size)  # before the download
-        weights = fetch_from_hub(repository, _hub_weights(config))
-        # The cache may have held the config of an older commit: take the one beside the weights.
-        folder, config = _hub_config(f"{repository.partition('@')[0]}@{weights.parent.name}")
-    module = _built_by_hub(repository, build, folder, img_size)
-    if weights is not None:
-        load_downloaded(module, weights)
-    # The cache's folder is named by commit; the model is known by its repository.
-    name = repository.partition("@")[0].rpartition("/")[2]
-    spec = next(
-        (
-            known
-            for known in all_specs()
-            if known.architecture == config["architecture"] and hub_repository(known.source) == repository
-        ),
-        None,
-    ) or spec_of(module, name, f"hf-hub:{repository}")
-    return _finish(module.eval(), spec if pretrained else _random(spec), img_size)
-
-
-def _load_from_transformers(name: str, path: Path | None, img_size: ImageSize, pretrained: bool) -> LoadedModel:
-    """A repository of the Hugging Face hub that transformers wrote, or its architecture with weights from a file."""
-    repository = name.removeprefix(_HUGGINGFACE)
-    module = load_huggingface(repository, img_size=img_size, weights=path, pretrained=pretrained)
-    spec = spec_of(module, repository.partition("@")[0].rpartition("/")[2], name)
-    if path is not None:
-        spec = replace(spec, name=path.name.partition(".")[0] or path.name, source=f"file:{path.name}")
-    size = img_size or describe_preprocessing(module)
-    return _finish(module, spec if pretrained else _random(spec), size)
-
-
-def _hub_config(repository: str) -> tuple[Path, dict[str, Any]]:
-    """The folder of a repository's config.json, and what it holds; it names an architecture of timm's."""
-    path = fetch_from_hub(repository, ("config.json",))
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if timm.is_model(config["architecture"]):
-            return path.parent, config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(
-        f"hf-hub:{repository} holds no model of timm's: its config.json names no architecture that timm has; for a "
-        f"model of transformers write hf:{repository}"
-    )
-
-
-def _hub_weights(config: dict[str, Any]) -> tuple[str, ...]:
-    details = config.get("pretrained_cfg")
-    filename = details.get("hf_hub_filename") if isinstance(details, dict) else None
-    return (filename,) if filename else WEIGHT_FILES
-
-
-def _built_by_hub(repository: str, make: Callable[..., nn.Module], folder: Path, img_size: ImageSize) -> nn.Module:
-    """`build` or `outline` of what a repository's config.json describes."""
-    try:
-        return make(f"local-dir:{folder}", img_size=img_size)
-    except UserError:
-        raise
-    except Exception as error:  # timm trusts its arguments
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"timm cannot build what the config.json of hf-hub:{repository} describes: {reason}") from error
-
-
-def _random(spec: ModelSpec) -> ModelSpec:
-    """The spec of the same architecture with random weights."""
-    return replace(
-        spec,
-        name=f"{spec.name}-random",
-        method="random",
-        paradigm="random",
-        source="random",
-        licence="",
-        citation="",
-        notes="random weights",
-    )
-
-
-def _finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Anatomy | None = None) -> LoadedModel:
-    _require_finite(module, spec.name)
-    anatomy = anatomy or find_anatomy(module)
-    transform = model_transform(module, img_size=img_size or anatomy.image_size)
-    return LoadedModel(module, anatomy.layout(transform.size), transform, spec, anatomy)
-
-
-def _require_finite(module: nn.Module, name: str) -> None:
-    """Raises a UserError for weights that are NaN or infinite, or are not there at all (on the meta device)."""
-    for key, tensor in module.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.is_meta:
-            raise UserError(f"{name} has no weights: {key} is on the meta device")
-        if not torch.isfinite(tensor).all():
-            block = re.search(r"blocks\.(\d+)\.", key)
-            where = f" (block {block.group(1)})" if block else ""
-            kind = "NaN" if torch.isnan(tensor).any() else "infinity"
-            raise UserError(f"the weights of {name} hold {kind}, first in {key}{where}: its attention means nothing")
+    return finish(load_official(entry, path, img_size=img_size, hint=DOWNLOAD_AGAIN).eval(), entry.spec, img_size)

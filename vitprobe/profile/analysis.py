@@ -22,7 +22,8 @@ from vitprobe.data.sources import open_images
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import Capture, capture
-from vitprobe.models.loading import LoadedModel, load_model
+from vitprobe.models.loaded import LoadedModel
+from vitprobe.models.loading import load_model
 from vitprobe.profile.folder import check_output, clear_run, write_manifest
 from vitprobe.profile.manifest import new_manifest
 from vitprobe.profile.profile import Profile

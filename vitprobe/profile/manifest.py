@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vitprobe.models.loading import LoadedModel, weights_sha256
+from vitprobe.models.loaded import LoadedModel, weights_sha256
 from vitprobe.profile.folder import FORMAT_VERSION
 
 PACKAGES = ("vitprobe", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "pillow")

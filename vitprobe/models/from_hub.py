@@ -1,0 +1,144 @@
+"""Models from the hub: timm's names and repositories, and those of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from vitprobe.errors import UserError
+from vitprobe.models.building import ImageSize, build, outline, spec_of
+from vitprobe.models.checkpoints import load_downloaded
+from vitprobe.models.hub import (
+    WEIGHT_FILES,
+    fetch_from_address,
+    fetch_from_hub,
+    hub_repository,
+    require_address,
+    require_hub,
+)
+from vitprobe.models.huggingface import PREFIX, load_huggingface
+from vitprobe.models.huggingface_images import describe_preprocessing
+from vitprobe.models.loaded import LoadedModel, finish, random_spec
+from vitprobe.models.registry import all_specs, find_spec
+
+
+def load_from_timm(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+    """A model of timm: `name` as the user gave it, `architecture` with the tag of its weights where one is given."""
+    config = timm.get_pretrained_cfg(architecture)
+    tagged = architecture if "." in architecture or not (config and config.tag) else f"{architecture}.{config.tag}"
+    spec = find_spec(name) or find_spec(tagged)
+    if not pretrained:
+        module = build(architecture, img_size=img_size)
+        return finish(module.eval(), random_spec(spec or spec_of(module, name, "random")), img_size)
+    config = _timm_config(name, architecture)
+    outline(architecture, img_size=img_size)  # before the download
+    if config.hf_hub_id:
+        path = fetch_from_hub(config.hf_hub_id, _timm_files(config))
+    else:
+        path = fetch_from_address(str(config.url), name)
+    module = build(architecture, img_size=img_size)
+    load_downloaded(module, path)
+    return finish(module.eval(), spec or spec_of(module, name, f"timm:{tagged}"), img_size)
+
+
+def require_timm(name: str, architecture: str, img_size: ImageSize) -> None:
+    """Returns where nothing that can be known without the weights keeps a model of timm from loading."""
+    config = _timm_config(name, architecture)
+    outline(architecture, img_size=img_size)
+    if config.hf_hub_id:
+        require_hub(config.hf_hub_id, _timm_files(config))
+    else:
+        require_address(str(config.url), name)
+
+
+def _timm_config(name: str, architecture: str) -> Any:
+    """timm's config of weights that it has."""
+    config = timm.get_pretrained_cfg(architecture)
+    if config is None or not (config.hf_hub_id or config.url):
+        raise UserError(f"timm has no weights for {name}: give some with --checkpoint FILE --arch {name}")
+    return config
+
+
+def _timm_files(config: Any) -> tuple[str, ...]:
+    return (config.hf_hub_filename,) if config.hf_hub_filename else WEIGHT_FILES
+
+
+def load_from_hub(repository: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+    """A repository of the Hugging Face hub that timm wrote."""
+    folder, config = _hub_config(repository)
+    weights = None
+    if pretrained:
+        _built_by_hub(repository, outline, folder, img_size)  # before the download
+        weights = fetch_from_hub(repository, _hub_weights(config))
+        # The cache may have held the config of an older commit: take the one beside the weights.
+        folder, config = _hub_config(f"{repository.partition('@')[0]}@{weights.parent.name}")
+    module = _built_by_hub(repository, build, folder, img_size)
+    if weights is not None:
+        load_downloaded(module, weights)
+    # The cache's folder is named by commit; the model is known by its repository.
+    name = repository.partition("@")[0].rpartition("/")[2]
+    spec = next(
+        (
+            known
+            for known in all_specs()
+            if known.architecture == config["architecture"] and hub_repository(known.source) == repository
+        ),
+        None,
+    ) or spec_of(module, name, f"hf-hub:{repository}")
+    return finish(module.eval(), spec if pretrained else random_spec(spec), img_size)
+
+
+def require_repository(repository: str, img_size: ImageSize) -> None:
+    """Returns where nothing that can be known without the weights keeps a repository of timm's from loading."""
+    folder, config = _hub_config(repository)
+    _built_by_hub(repository, outline, folder, img_size)
+    require_hub(repository, _hub_weights(config))
+
+
+def _hub_config(repository: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of a repository's config.json, and what it holds; it names an architecture of timm's."""
+    path = fetch_from_hub(repository, ("config.json",))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if timm.is_model(config["architecture"]):
+            return path.parent, config
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(
+        f"hf-hub:{repository} holds no model of timm's: its config.json names no architecture that timm has; for a "
+        f"model of transformers write hf:{repository}"
+    )
+
+
+def _hub_weights(config: dict[str, Any]) -> tuple[str, ...]:
+    details = config.get("pretrained_cfg")
+    filename = details.get("hf_hub_filename") if isinstance(details, dict) else None
+    return (filename,) if filename else WEIGHT_FILES
+
+
+def _built_by_hub(repository: str, make: Callable[..., nn.Module], folder: Path, img_size: ImageSize) -> nn.Module:
+    """`build` or `outline` of what a repository's config.json describes."""
+    try:
+        return make(f"local-dir:{folder}", img_size=img_size)
+    except UserError:
+        raise
+    except Exception as error:  # timm trusts its arguments
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"timm cannot build what the config.json of hf-hub:{repository} describes: {reason}") from error
+
+
+def load_from_transformers(name: str, path: Path | None, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+    """A repository of the Hugging Face hub that transformers wrote, or its architecture with weights from a file."""
+    repository = name.removeprefix(PREFIX)
+    module = load_huggingface(repository, img_size=img_size, weights=path, pretrained=pretrained)
+    spec = spec_of(module, repository.partition("@")[0].rpartition("/")[2], name)
+    if path is not None:
+        spec = replace(spec, name=path.name.partition(".")[0] or path.name, source=f"file:{path.name}")
+    size = img_size or describe_preprocessing(module)
+    return finish(module, spec if pretrained else random_spec(spec), size)
