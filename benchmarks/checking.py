@@ -22,6 +22,7 @@ from vitprobe.hooks.capture import Capture, capture
 from vitprobe.statistics import STATISTICS
 
 OWN_TOLERANCE = 1e-5  # of weights, float32 against float64 of the same queries and keys; grows with the logits
+MILLIONS_WHOLE, TOKENS_WHOLE = 100, 1100  # a model of more parameters or tokens is run with fewer blocks
 _CHUNK = 2**24  # attention weights in float64 at a time
 
 
@@ -135,7 +136,7 @@ class Comparison:
             peaks.append(A[0].max(-1).mean())
             for attention, number in zip(A, range(len(A)), strict=True):  # of differential attention A1 and A2
                 weights = own[:, number :: len(A)][:, heads].double().numpy()
-                own_error = max(own_error, float(np.abs(weights - attention).max()))
+                own_error = max(own_error, _largest(np.abs(weights - attention)))
             whole = A[0] if len(A) == 1 else A[0] - float(view.subtracted_weight) * A[1]
             with np.errstate(all="ignore"):  # a difference has entropies that make no sense, and nobody asks for
                 of_heads = reference_of(view, whole, trace.tokens)
@@ -149,11 +150,11 @@ class Comparison:
             self._statistic(name, _error(value, reference), TOLERANCE * max(1.0, logit / 100))
 
     def _own(self, error: float, bound: float) -> None:
-        if not error / bound <= self.own_error / self.own_bound:  # true for NaN
+        if error / bound > self.own_error / self.own_bound:
             self.own_error, self.own_bound = error, bound
 
     def _statistic(self, name: str, error: float, bound: float) -> None:
-        if not error / bound <= self.error / self.bound:
+        if error / bound > self.error / self.bound:
             self.error, self.bound, self.statistic = error, bound, name
 
 
@@ -163,7 +164,12 @@ def _error(value: ndarray, reference: ndarray) -> float:
     reference = np.where(np.abs(reference) > np.finfo(np.float32).max, np.inf, reference)
     with np.errstate(invalid="ignore"):
         error = np.where(value == reference, 0, np.abs(value - reference) / np.maximum(1e-2, np.abs(reference)))
-    return float(error.max())
+    return _largest(error)
+
+
+def _largest(errors: ndarray) -> float:
+    """The largest error; infinite for NaN, which no comparison would notice."""
+    return float(np.nan_to_num(errors, nan=np.inf).max())
 
 
 def _chunks(view: AttentionView) -> Iterator[slice]:

@@ -22,7 +22,7 @@ from typing import Any
 import timm
 import torch
 
-from benchmarks.checking import check, survey
+from benchmarks.checking import MILLIONS_WHOLE, TOKENS_WHOLE, check, survey
 from benchmarks.coverage_page import coverage_page
 from vitprobe.models.anatomy.unsupported import ISOTROPIC
 
@@ -82,9 +82,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help="of timm; by default all isotropic ones")
     parser.add_argument("--out", type=Path, default=Path("runs/coverage"), help="folder of the results")
-    parser.add_argument("--depth", type=int, default=3, help="blocks of a model that is not run whole")
-    parser.add_argument("--max-params", type=float, default=100, help="largest model that is run whole, in millions")
-    parser.add_argument("--max-tokens", type=int, default=1100, help="longest sequence of a model that is run whole")
+    parser.add_argument("--depth", type=int, default=3, help="blocks of all other models")
+    parser.add_argument("--max-params", type=float, default=MILLIONS_WHOLE, help="run whole up to so many millions")
+    parser.add_argument("--max-tokens", type=int, default=TOKENS_WHOLE, help="and up to so many tokens")
     parser.add_argument("--again", action="store_true", help="also run what is in the results already")
     parser.add_argument(
         "--write", type=Path, nargs="?", const=Path("docs/coverage.md"), help="write the page, run nothing"

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from benchmarks.checking import OWN_TOLERANCE
+from benchmarks.checking import MILLIONS_WHOLE, OWN_TOLERANCE, TOKENS_WHOLE
 from benchmarks.peaked import TARGET_PEAK
 from helpers import TOLERANCE
 from vitprobe.models.tokens import TokenLayout
@@ -32,6 +32,8 @@ def coverage_page(lines: list[Line], wanted: int) -> str:
             timm=timm.__version__,
             torch=torch.__version__.partition("+")[0],
             target=TARGET_PEAK,
+            parameters=MILLIONS_WHOLE,
+            tokens=TOKENS_WHOLE,
             bound=_number(TOLERANCE),
             own=_number(OWN_TOLERANCE),
         ),
@@ -55,7 +57,7 @@ def coverage_page(lines: list[Line], wanted: int) -> str:
 
 
 def _of_model(line: Line) -> str:
-    blocks = "all" if line["depth"] is None else f"first {line['ran']}"
+    blocks = "all" if line["depth"] is None else f"{line['ran']} blocks"
     grid = f"{line['grid'][0]}×{line['grid'][1]}"
     layout = TokenLayout(
         (line["grid"][0], line["grid"][1]),
@@ -104,9 +106,9 @@ Made by `python -m benchmarks.coverage --write` from what `python -m benchmarks.
 
 All models of timm whose blocks attend from all tokens to all tokens, each at its own input size. On the meta device
 each model is captured whole: *blocks*, *heads*, *tokens*, *layout* and *statistics* (how many of the table are
-defined) are of the full model. Then it runs on one random image with random weights: whole, or its first blocks alone
-where it has over 100 M parameters or 1100 tokens and time or memory (8 GB) forbade more (column *run*; the blocks of
-a model are alike).
+defined) are of the full model. Then it runs on one random image with random weights: whole (column *run*: all), or
+with fewer blocks, which are alike, where it has over {parameters} M parameters or {tokens} tokens and memory
+(8 GB) or time forbade more.
 
 - **Peaked attention.** Block by block, queries and keys are multiplied by one number such that the largest weight of a
   row is {target} on average (*mean peak*; by their norms' gains where a model normalises them). Uniform attention

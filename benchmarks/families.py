@@ -26,7 +26,7 @@ by model: [coverage](coverage.md).
 
 ## Seen
 
-| family | models | tried | statistics | undefined there |
+| family | models | tried | statistics | what the others lack |
 | --- | --- | --- | --- | --- |
 {isotropic}
 
@@ -72,7 +72,7 @@ def families_page() -> str:
         result = outcome(name)
         print(f"{family}: {name}", flush=True)
         if isinstance(result, Capture):
-            missing = ", ".join(f"`{name}`" for name in result.undefined) or "–"
+            missing = "; ".join(sorted({why for why in result.undefined.values() if " and " not in why})) or "–"
             defined = f"{len(STATISTICS) - len(result.undefined)} of {len(STATISTICS)}"
             seen.append((family, f"| {family} | {count[family]} | {name} | {defined} | {missing} |"))
             continue

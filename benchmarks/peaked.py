@@ -38,8 +38,8 @@ def make_peaked(name: str, images: Tensor, depth: int | None) -> nn.Module:
     with _WithoutInitialisation():
         model = _create(name, depth)
     randomize(model).eval()
-    trunk: Any = model if hasattr(model, "blocks") else model.encoder
-    handles = [block.register_forward_pre_hook(_sharpen, with_kwargs=True) for block in trunk.blocks]
+    _fit_batch_norms(model, images)
+    handles = [block.register_forward_pre_hook(_sharpen, with_kwargs=True) for block in _trunk(model).blocks]
     with torch.no_grad():
         model(images)
     for handle in handles:
@@ -52,11 +52,29 @@ def _create(name: str, depth: int | None) -> nn.Module:
         return timm.create_model(name)
     try:
         return timm.create_model(name, depth=depth)
-    except (AssertionError, TypeError):  # the architecture lists a setting for each block
-        model = timm.create_model(name)
-        trunk: Any = model if hasattr(model, "blocks") else model.encoder
-        del trunk.blocks[depth:]
-        return model
+    except AssertionError:  # it lists the key heads of each block: of the first, some between and the last
+        with torch.device("meta"):
+            blocks = _trunk(timm.create_model(name)).blocks
+        heads = [blocks[index * (len(blocks) - 1) // (depth - 1)].attn.num_kv_heads for index in range(depth)]
+        return timm.create_model(name, depth=depth, num_kv_heads=tuple(heads))
+
+
+def _trunk(model: nn.Module) -> Any:
+    """The part with the blocks."""
+    return model if hasattr(model, "blocks") else model.encoder
+
+
+def _fit_batch_norms(model: nn.Module, images: Tensor) -> None:
+    """Statistics for the batch norms of a stem: without them it grows beyond float32 from layer to layer."""
+    norms = [part for part in model.modules() if isinstance(part, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    if norms:
+        with torch.no_grad():
+            model(images)
+    for norm in norms:
+        norm.eval()
 
 
 def _sharpen(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

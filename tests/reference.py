@@ -87,6 +87,11 @@ def largest_logit(query: Tensor, key: Tensor, scale: float, bias: Tensor | None)
 
 # A model's own attention, without any capture -------------------------------------------------------------------------
 
+PRE_NORM_BLOCKS = {"Block", "EvaBlock", "RelPosBlock", "DeepseekVitBlock"}
+POST_NORM_BLOCKS = {"ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"}
+ONE_SUM_BLOCKS = {"ParallelScalingBlock", "DiffParallelScalingBlock"}
+BLOCKS = PRE_NORM_BLOCKS | POST_NORM_BLOCKS | ONE_SUM_BLOCKS | {"Gemma4Block", "ParallelThingsBlock"}
+
 
 @dataclass
 class BlockTokens:
@@ -159,17 +164,16 @@ def watch_tokens(block: nn.Module, trace: BlockTrace) -> list:
     def finish(module: nn.Module, args: tuple, output: Tensor) -> None:
         residual, output = _array(args[0]), _array(output)
         update = unscaled = None
-        if kind in ("Block", "EvaBlock", "RelPosBlock", "DeepseekVitBlock"):  # x + update enters the MLP's norm
+        if kind in PRE_NORM_BLOCKS:  # x + update enters the MLP's norm
             update, unscaled = seen["mlp_input"][0] - residual, seen["attn"][0]
-        elif kind in ("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"):  # x + norm1(attn(x))
+        elif kind in POST_NORM_BLOCKS:  # x + norm1(attn(x))
             update, unscaled = seen["norm1"][0], seen["attn"][0]
         elif kind == "Gemma4Block":  # x + norm2(attn(norm1(x)))
             update, unscaled = seen["norm2"][0], seen["attn"][0]
         elif kind == "ParallelThingsBlock":  # x + Σ branches
             update, unscaled = sum(seen["branch"]), sum(seen["attn"])
         else:
-            in_one_sum = ("ParallelScalingBlock", "DiffParallelScalingBlock")  # x + projection of attention and MLP
-            assert kind in in_one_sum, kind
+            assert kind in ONE_SUM_BLOCKS, kind  # x + projection of attention and MLP together
         trace.tokens = BlockTokens(residual, output, update, unscaled)
 
     handles = [block.register_forward_hook(finish)]

@@ -19,8 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, TensorDataset
 
 from vitprobe.errors import UserError
-from vitprobe.profile import analysis
 from vitprobe.profile.analysis import analyze
+from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
 from vitprobe.profile.state import choose_batch_size, choose_device
 from vitprobe.statistics import STATISTICS
@@ -355,7 +355,7 @@ def test_a_disk_that_fills_up_midway_keeps_the_finished_shards(vit, tmp_path, mo
 
 
 def test_interrupted_by_an_exception_of_ctrl_c_keeps_what_is_done(vit, folder, tmp_path, monkeypatch):
-    real, calls = analysis._Run._measure, []
+    real, calls = Measurement.__call__, []
 
     def stop_at_the_third(self, *args):
         calls.append(1)
@@ -363,7 +363,7 @@ def test_interrupted_by_an_exception_of_ctrl_c_keeps_what_is_done(vit, folder, t
             raise KeyboardInterrupt
         return real(self, *args)
 
-    monkeypatch.setattr(analysis._Run, "_measure", stop_at_the_third)
+    monkeypatch.setattr(Measurement, "__call__", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         analyze(vit, folder, batch_size=2, out=tmp_path / "run")
     profile = Profile.load(tmp_path / "run")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from comparing import assert_matches_reference, reference_of
 from helpers import SMALL, assert_all_close, assert_close, captured, images, tiny
-from reference import BlockTrace, reference_attention, unfused_run
+from reference import BLOCKS, ONE_SUM_BLOCKS, BlockTrace, reference_attention, unfused_run
 from vitprobe.hooks.capture import Capture
+from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.anatomy.unsupported import ISOTROPIC
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import STATISTICS
@@ -114,7 +115,7 @@ POOLED_KEYS = {
     "naflexvit_base_patch16_siglip": 16,
 }
 HEADS = {"vit_small_patch16_18x2_224": 8}  # two attentions of four heads
-# image size → model, which takes it as it is or is built for it
+# model → image size, which it takes as it is or is built for
 OTHER_SIZES = {
     "vit_base_patch16_224": ((32, 48), {"img_size": (32, 48), "patch_size": 8}),
     "vit_base_patch14_reg4_dinov2": ((48, 24), SMALL | {"dynamic_img_size": True}),
@@ -163,6 +164,22 @@ def test_each_family_is_represented() -> None:
     of = {name: family for family in ISOTROPIC for name in timm.list_models(module=family)}
     assert {of[name] for name in MODELS if name in of} == ISOTROPIC & set(timm.list_modules())
     assert len(MODELS) + len(DIFFERENTIAL) >= 45
+
+
+def test_each_kind_of_attention_and_of_block_is_represented() -> None:
+    blocks = [
+        block
+        for name, (options, _) in (MODELS | dict.fromkeys(DIFFERENTIAL, (SMALL, layout("1")))).items()
+        for block in find_anatomy(tiny(name, **options)).blocks
+    ]
+    assert {type(block).__name__ for block in blocks} == BLOCKS
+    parts = {type(part) for block in blocks for part in block.modules() if hasattr(part, "attn_drop")}
+    assert {f"{kind.__module__.removeprefix('timm.')}.{kind.__name__}" for kind in parts} == {
+        *("layers.attention.Attention", "layers.attention.AttentionRope", "layers.diff_attention.DiffAttention"),
+        *("models.beit.Attention", "models.eva.EvaAttention", "models.gemma4_vit.Gemma4Attention"),
+        "models.vision_transformer_relpos.RelPosAttention",
+        *(f"models.vision_transformer.{name}" for name in ONE_SUM_BLOCKS),
+    }
 
 
 @pytest.mark.parametrize("name", TRAITS)

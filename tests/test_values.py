@@ -1,4 +1,4 @@
-"""Shards: at most 64 images, whole or absent, read back bit for bit."""
+"""Shards: whole or absent, read back bit for bit, in the order of their keys."""
 
 import errno
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 
 from vitprobe import files
 from vitprobe.errors import UserError
-from vitprobe.profile.values import SHARD_IMAGES, MemoryValues, Sharder, ShardValues
+from vitprobe.profile.values import MemoryValues, Shard, ShardValues
 
 
 def batch(start: int, count: int) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
@@ -21,55 +21,75 @@ def batch(start: int, count: int) -> tuple[list[str], list[str], dict[str, np.nd
     return names, [f"group {i // 2}" for i in range(start, start + count)], arrays
 
 
-@pytest.mark.parametrize("sizes", [[150], [1] * 70, [64, 64, 22], [63, 2, 85], [5]])
-def test_batches_of_any_size_become_shards_of_at_most_64_and_come_back(tmp_path: Path, sizes: list[int]):
+@pytest.mark.parametrize("sizes", [[150], [1] * 7, [64, 64, 22], [63, 2, 85], [5]])
+def test_shards_come_back(tmp_path: Path, sizes: list[int]):
     on_disk, in_memory = ShardValues(tmp_path), MemoryValues()
+    starts = np.cumsum([0, *sizes]).tolist()
+    shards = [Shard(*batch(start, size)) for start, size in zip(starts, sizes, strict=False)]
     for values in (on_disk, in_memory):
-        sharder, start = Sharder(values), 0
-        for size in sizes:
-            sharder.add(*batch(start, size))
-            start += size
-        sharder.flush()
-        sharder.flush()  # nothing is left, so nothing is added
-    names, groups, parts, start = [], [], [], 0
-    for size in sizes:
-        n, g, arrays = batch(start, size)
-        names, groups, start = names + n, groups + g, start + size
-        parts.append(arrays)
-    again = ShardValues(tmp_path)
-    for values in (on_disk, in_memory, again):
-        assert values.names == names
-        assert values.groups == groups
+        for shard in shards:
+            values.add(shard)
+    for values in (on_disk, in_memory, ShardValues(tmp_path)):
+        assert values.names == [name for shard in shards for name in shard.names]
+        assert values.groups == [group for shard in shards for group in shard.groups]
         assert values.statistics() == ["cls_entropy", "patch_norm_max_ratio"]
         for statistic in values.statistics():
-            np.testing.assert_array_equal(values.read(statistic), np.concatenate([p[statistic] for p in parts]))
+            expected = np.concatenate([shard.arrays[statistic] for shard in shards])
+            np.testing.assert_array_equal(values.read(statistic), expected)
         pieces = list(values.shards())
-        assert [len(piece.names) for piece in pieces] == [
-            min(SHARD_IMAGES, len(names) - i) for i in range(0, len(names), SHARD_IMAGES)
-        ]
-        assert [name for piece in pieces for name in piece.names] == names
+        assert [len(piece.names) for piece in pieces] == sizes
         assert all(len(array) == len(piece.names) for piece in pieces for array in piece.arrays.values())
 
 
+def test_shards_are_read_in_the_order_of_their_keys_whenever_they_came(tmp_path: Path):
+    values = ShardValues(tmp_path)
+    keys = [(100000,), (2,), (0,), (10,), (1,)]  # as text 100000 would come before 10
+    for key in keys:
+        values.add(Shard(*batch(key[0], 2)), key)
+    for read in (values, ShardValues(tmp_path)):
+        assert list(read.heads) == sorted(keys)
+        assert read.names == [f"image {key[0] + i}" for key in sorted(keys) for i in range(2)]
+        expected = np.concatenate([batch(key[0], 2)[2]["cls_entropy"] for key in sorted(keys)])
+        np.testing.assert_array_equal(read.read("cls_entropy"), expected)
+    values.add(Shard(*batch(7, 1)))  # without a key: after the last
+    assert list(ShardValues(tmp_path).heads)[-1] == (100001,)
+
+
+def test_what_a_shard_says_beside_its_values_comes_back(tmp_path: Path):
+    values = ShardValues(tmp_path)
+    bad = [("bad.png", "the file is empty")]
+    values.add(Shard([], [], {}, skipped=bad), (0, 0))  # not one readable image
+    values.add(Shard(*batch(0, 3), skipped=[("x", "why")], whole=False, ends=True), (0, 1))
+    again = ShardValues(tmp_path)
+    assert again.skipped == [*bad, ("x", "why")] == values.skipped
+    assert [(head.whole, head.ends) for head in again.heads.values()] == [(True, False), (False, True)]
+    assert again.statistics() == ["cls_entropy", "patch_norm_max_ratio"]
+    assert again.read("cls_entropy").shape == (3, 3, 2)
+    assert [len(shard.arrays) for shard in again.shards()] == [0, 2]
+    memory = MemoryValues()
+    for shard in again.shards():
+        memory.add(shard)
+    assert memory.skipped == again.skipped
+    assert memory.read("cls_entropy").shape == (3, 3, 2)
+
+
 def test_no_temporary_file_is_left(tmp_path: Path):
-    sharder = Sharder(ShardValues(tmp_path))
-    sharder.add(*batch(0, 64))
+    ShardValues(tmp_path).add(Shard(*batch(0, 64)))
     assert [path.name for path in sorted((tmp_path / "statistics").iterdir())] == ["shard-00000.safetensors"]
 
 
 def test_a_full_disk_leaves_finished_shards_and_nothing_half_written(tmp_path: Path, monkeypatch):
     values = ShardValues(tmp_path)
-    sharder = Sharder(values)
-    sharder.add(*batch(0, 64))
+    values.add(Shard(*batch(0, 64)))
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(UserError, match=r"the disk is full, so .* could not be written; free some space or choose"):
-        sharder.add(*batch(64, 64))
+        values.add(Shard(*batch(64, 64)))
     assert [path.name for path in sorted((tmp_path / "statistics").iterdir())] == ["shard-00000.safetensors"]
-    assert ShardValues(tmp_path).names == [f"image {i}" for i in range(64)]
+    assert ShardValues(tmp_path).names == values.names == [f"image {i}" for i in range(64)]
 
 
 def test_other_write_errors_name_the_path(tmp_path: Path):

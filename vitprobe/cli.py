@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 import vitprobe
-from vitprobe.errors import UserError
+from vitprobe.errors import OUT_OF_MEMORY, UserError
+from vitprobe.profile.launch import launched, rank
 
 if TYPE_CHECKING:
     from vitprobe.profile.profile import Profile
@@ -45,6 +46,18 @@ class SomePath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class SomeText(click.ParamType):
+    """Text that says something."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text."""
+        if value == "":
+            self.fail("it is empty", param, ctx)
+        return value
+
+
 class Commands(click.Group):
     """A group whose errors are one line each: exit status 2 for the user's mistake, 130 for Ctrl-C."""
 
@@ -67,7 +80,8 @@ class Commands(click.Group):
             context = getattr(error, "ctx", None)
             _fail(error.format_message() + (f" (see {context.command_path} --help)" if context is not None else ""))
         except (KeyboardInterrupt, click.Abort):
-            click.echo("interrupted", err=True)
+            if rank() == 0:
+                click.echo("interrupted", err=True)
             sys.exit(130)
         except OSError as error:
             if error.errno not in (errno.EPIPE, errno.ENOSPC):
@@ -76,14 +90,15 @@ class Commands(click.Group):
             if error.errno == errno.ENOSPC:
                 _fail("the output could not be written: no space left on its device")
         except (MemoryError, RuntimeError) as error:
-            if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate", str(error)):
+            if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
                 raise
             _fail("out of memory; give a smaller --batch-size or --img-size, or a smaller model")
         sys.exit(0)
 
 
 def _fail(message: str) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
+    if rank() == 0:  # of several processes, which have the same
+        click.echo(f"Error: {message}", err=True)
     sys.exit(2)
 
 
@@ -108,9 +123,9 @@ def main() -> None:
 @click.option("--arch", metavar="NAME", help="The architecture of --checkpoint: an alias or a timm architecture.")
 @click.option(
     "--data",
-    type=SomePath(),
+    type=SomeText(),
     metavar="PATH",
-    help="A folder, a tar or one image.  [packaged photographs]",
+    help="A folder, a tar, one image; wds:…, hfds:…, hfids:… for big sets (docs/scaling.md).  [packaged photographs]",
 )
 @click.option("--num-images", type=click.IntRange(min=1), metavar="N", help="Analyse N images, drawn at random.  [all]")
 @click.option("--img-size", type=click.IntRange(min=1), metavar="S", help="Input size in pixels.  [the model's own]")
@@ -122,6 +137,25 @@ def main() -> None:
     help="The model's own preprocessing, or the paper's.",
 )
 @click.option("--statistic", "statistics", multiple=True, metavar="NAME", help="Only this one; repeatable.  [all]")
+@click.option(
+    "--tolerance",
+    type=float,
+    metavar="T",
+    help="Draw images at random and stop when every mean is known to T, such as 0.05 (docs/stopping.md).  [all images]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
+    help="Of the forward pass; auto: bfloat16 where its measured error allows.  [the weights' own]",
+)
+@click.option(
+    "--dtype-bound",
+    type=float,
+    default=0.01,
+    show_default=True,
+    metavar="E",
+    help="The error of a statistic that --dtype auto allows.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="B", help="Images a batch.  [sized to memory]")
 @click.option("--workers", type=click.IntRange(min=0), metavar="W", help="Reading processes.  [chosen for the machine]")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …  [a GPU where there is one]")
@@ -133,19 +167,43 @@ def main() -> None:
     help="The run's folder; for several models it holds a folder each.  [runs/<model>-<time>]",
 )
 @click.option("--overwrite", is_flag=True, help="Replace a run that is in --out already.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out where it was broken off, or begin it.")
 def analyze(
     models: tuple[str, ...], checkpoint: Path | None, arch: str | None, out: Path | None, **options: Any
 ) -> None:
     """Measure how attention flows in a model; print a table and a verdict, draw the paper's figures.
 
     The main line: vitprobe analyze --model mae_vit_b --data DIR --num-images 500
+
+    On several GPUs or machines: torchrun --nproc-per-node 8 -m vitprobe analyze …
     """
+    if options["resume"] and out is None:
+        raise UserError("--resume goes on with a run, and that needs its folder: give --out too")
     names = _names(models, checkpoint, arch)
     folders = _folders(names, out)
+    given = {"checkpoint": checkpoint if models else None, "arch": arch}
+    if not launched():
+        _analyze(names, folders, given, options)
+        return
+    from vitprobe.profile.distributed import joined
+
+    with joined(True) as world:
+        try:
+            folders = world.gather(folders)[0]  # their names may hold the time
+            _analyze(names, folders, given, options)
+        except UserError as error:
+            if world.may_speak():
+                click.echo(f"Error: {error}", err=True)
+            sys.exit(2)
+
+
+def _analyze(names: list[str], folders: list[Path], given: dict[str, Any], options: dict[str, Any]) -> None:
+    """Analyse each model into its folder."""
     from vitprobe.models.hub import require_weights
     from vitprobe.models.registry import find_spec
 
-    if checkpoint is None:
+    first, overwrite, resume = rank() == 0, options["overwrite"], options["resume"]
+    if given["checkpoint"] is None:
         for spec in filter(None, map(find_spec, names)):
             require_weights(spec)  # before torch is imported: a missing network should cost seconds
 
@@ -154,25 +212,29 @@ def analyze(
     from vitprobe.profile.analysis import analyze as run
     from vitprobe.profile.folder import check_output
 
-    given = {"checkpoint": checkpoint if models else None, "arch": arch}
     for name, folder in zip(names, folders, strict=True):  # what can be known is checked for all before any runs
-        check_output(folder, options["overwrite"])
+        check_output(folder, overwrite, resume)
         require_loadable(name, **given, img_size=options["img_size"])
     figures = (folders[0] if len(folders) == 1 else folders[0].parent) / "figures"
-    if _earlier_figures(figures) and not options["overwrite"]:
+    if _earlier_figures(figures) and not (overwrite or resume):
         raise UserError(f"{figures} holds another run's figures; pass --overwrite to replace them, or another --out")
 
     statistics = options.pop("statistics") or None
     profiles = []
     for name, folder in zip(names, folders, strict=True):
         try:
-            profile = run(name, **given, statistics=statistics, out=folder, **options)
+            profile = run(name, **given, statistics=statistics, out=folder, distributed=launched(), **options)
         except KeyboardInterrupt:
-            _say_what_is_left(folders)
+            if first:
+                _say_what_is_left(folders)
             raise
-        click.echo(f"\n{_table(profile)}\n\n{_wrapped(profile.diagnosis().lines)}")
+        if not first:
+            continue
+        click.echo(f"\n{_table(profile)}\n\n{_wrapped([*profile.diagnosis().lines, *_how(profile)])}")
         _say_skipped(profile)
         profiles.append(profile)
+    if not first:
+        return
     for path in _earlier_figures(figures):
         path.unlink()
     drawn = save_paper_figures(profiles, figures)
@@ -260,7 +322,7 @@ def _table(profile: Profile) -> str:
     for name in shown:
         rows = table[table["statistic"] == name]
         cells = zip(rows["center"], rows["ci_low"], rows["ci_high"], rows["interval"] != "none", strict=True)
-        about = " (geometric mean)" if "log-t" in set(rows["interval"]) else ""
+        about = " (geometric mean)" if {"log-t", "log-cs"} & set(rows["interval"]) else ""
         columns[HEADINGS.get(name, name) + about] = [
             f"{center:.4f} [{low:.4f}, {high:.4f}]" if known else f"{center:.4f}" for center, low, high, known in cells
         ]
@@ -290,6 +352,16 @@ def _wrapped(lines: list[str]) -> str:
     )
 
 
+def _how(profile: Profile) -> list[str]:
+    """In which precision it ran, where that was asked for, and why it stopped, where the data decided that."""
+    from vitprobe.profile.dtype import dtype_line
+    from vitprobe.profile.stopping import stopping_line
+
+    stopping = profile.manifest.get("stopping")
+    lines = [dtype_line(profile.manifest["forward_dtype"]), None if stopping is None else stopping_line(stopping)]
+    return [line for line in lines if line is not None]
+
+
 def _say_skipped(profile: Profile) -> None:
     skipped = profile.manifest["data"]["skipped"]
     if skipped:
@@ -303,7 +375,9 @@ def _say_skipped(profile: Profile) -> None:
 def _say_what_is_left(folders: list[Path]) -> None:
     begun = [str(folder) for folder in folders if (folder / "manifest.json").is_file()]
     if begun:
-        click.echo(f"finished shards are kept; vitprobe figures {' '.join(begun)} reads them", err=True)
+        click.echo(
+            f"finished shards are kept; vitprobe figures {' '.join(begun)} reads them, --resume goes on", err=True
+        )
 
 
 def _earlier_figures(folder: Path) -> list[Path]:

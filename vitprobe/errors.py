@@ -9,3 +9,7 @@ class UserError(Exception):
 
 class AttentionNotSeenError(UserError):
     """The model computes its attention where a capture cannot see it; names the model and the module."""
+
+
+# How torch says that memory ran out, on a GPU and on the CPU.
+OUT_OF_MEMORY = "out of memory|not enough memory|can't allocate memory"

@@ -10,6 +10,13 @@ from pathlib import Path
 
 from vitprobe.errors import UserError
 
+PARTIAL = ".partial"
+
+
+def partial_of(path: Path) -> Path:
+    """What a file is called while it is being written."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` to `path` through a temporary file beside it.
@@ -17,7 +24,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         UserError: where the disk is full or the place is not writable; nothing is left of the file then.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

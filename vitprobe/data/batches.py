@@ -24,6 +24,9 @@ MOST_WORKERS = 8
 BATCH_KEYS = ("pixel_values", "image", "images")
 
 
+Key = tuple[int, ...]  # of a shard, see `shards.py`
+
+
 @dataclass
 class Batch:
     """Images for one forward pass, and those of the same stretch that could not be read.
@@ -34,6 +37,9 @@ class Batch:
         names: their names.
         groups: what each was taken from.
         skipped: name and reason of each bad image.
+        shard: the number of the shard that it is cut from; of a stream, the part's number and the shard's in it.
+        last: whether it is the last of its shard.
+        ends: whether it is the last of its part of a stream.
     """
 
     pixels: Float[Tensor, "batch 3 height width"]
@@ -41,6 +47,9 @@ class Batch:
     names: list[str]
     groups: list[str]
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    shard: Key = (0,)
+    last: bool = False
+    ends: bool = False
 
     def __len__(self) -> int:
         """How many images can be used."""
@@ -52,7 +61,7 @@ class Batch:
 
 
 @dataclass
-class _Item:
+class Item:
     """What a worker made of one image: a tensor, or the reason why not."""
 
     index: int
@@ -68,19 +77,19 @@ class _Items(Dataset):
     """
 
     def __init__(self, images: Images, order: Sequence[int], transform: Callable[[Any], Tensor]) -> None:
-        self.images, self.order, self.transform = images, [int(index) for index in order], transform
+        self.images, self.order, self.transform = images, order, transform
 
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, position: int) -> _Item:
+    def __getitem__(self, position: int) -> Item:
         index = self.order[position]
         try:
             image = self.images.read(index)
             result = image if isinstance(image, Tensor) else self.transform(image)
         except BadImageError as error:
             result = error
-        return _Item(index, self.images.names[index], self.images.groups[index], result)
+        return Item(index, self.images.names[index], self.images.groups[index], result)
 
 
 def iterate(
@@ -108,16 +117,34 @@ def iterate(
     """
     if batch_size < 1 or workers < 0:
         raise UserError(f"batch size {batch_size} with {workers} workers cannot be: at least 1, and 0 workers or more")
+    return load(images, order, cut(range(len(order)), batch_size), transform, workers, pin_memory, start_method)
+
+
+def cut(positions: range, size: int) -> list[range]:
+    """Consecutive pieces of at most `size`."""
+    return [positions[start : start + size] for start in range(0, len(positions), size)]
+
+
+def load(
+    images: Images,
+    order: Sequence[int],
+    batches: Sequence[Sequence[int]],
+    transform: Callable[[Any], Tensor],
+    workers: int,
+    pin_memory: bool,
+    start_method: str | None,
+) -> Generator[Batch, None, None]:
+    """Batches of the images at some positions of `order`, one for each entry of `batches`."""
     loader = DataLoader(
         _Items(images, order, transform),
-        batch_size=batch_size,
+        batch_sampler=batches,  # type: ignore[arg-type]  # ranges do as well as lists
         num_workers=workers,
-        collate_fn=partial(_collate, empty_size=getattr(transform, "size", (0, 0))),
+        collate_fn=partial(collate, empty_size=getattr(transform, "size", (0, 0))),
         pin_memory=pin_memory,
         multiprocessing_context=start_method if workers else None,
         generator=torch.Generator(),  # its own, or each pass would advance the caller's random numbers
     )
-    return _same_size(_survive(loader))
+    return same_size(survive(loader))
 
 
 def iterate_loader(loader: DataLoader | LoaderImages) -> Generator[Batch, None, None]:
@@ -130,20 +157,23 @@ def iterate_loader(loader: DataLoader | LoaderImages) -> Generator[Batch, None, 
         UserError: for anything else, or images of different sizes.
     """
     images = loader if isinstance(loader, LoaderImages) else LoaderImages(loader)
-    return _same_size(_loader_batches(images))
+    return same_size(_loader_batches(images))
 
 
-def default_workers(n_images: int, cores: int | None = None) -> int:
-    """How many processes should read ahead: 0 for few images, else one core less than there are, 1 to 8."""
-    if n_images < FEW_IMAGES:
+def default_workers(n_images: int | None, cores: int | None = None, processes: int = 1) -> int:
+    """How many processes should read ahead: 0 for few images (None: nobody knows how many), else one core less than there are, 1 to 8.
+
+    So many `processes` share the cores.
+    """
+    if n_images is not None and n_images < FEW_IMAGES:
         return 0
     if cores is None:
         # the cores this process may use: on a cluster fewer than the machine has
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores - 1, MOST_WORKERS))
+    return max(1, min(cores // processes - 1, MOST_WORKERS))
 
 
-def _collate(items: list[_Item], empty_size: tuple[int, int]) -> Batch | UserError:
+def collate(items: list[Item], empty_size: tuple[int, int]) -> Batch | UserError:
     """A batch of the good items; an error is handed over as a value (see `_Items`)."""
     good = [item for item in items if isinstance(item.result, Tensor)]
     bad = [item for item in items if isinstance(item.result, BadImageError)]
@@ -168,7 +198,7 @@ def _collate(items: list[_Item], empty_size: tuple[int, int]) -> Batch | UserErr
     )
 
 
-def _survive(loader: DataLoader) -> Generator[Batch, None, None]:
+def survive(loader: DataLoader) -> Generator[Batch, None, None]:
     """A loader's batches, and an error in one line where a worker handed one over, or died."""
     batches = iter(loader)
     try:
@@ -228,10 +258,10 @@ def _pixels(given: Any) -> Float[Tensor, "batch 3 height width"]:
     )
 
 
-def _same_size(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+def same_size(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
     """Batches as they come, as long as all images have one size: another size would be another number of tokens."""
     first: Tensor | None = None
-    with closing(batches):  # ends the workers at once, see `_survive`
+    with closing(batches):  # ends the workers at once, see `survive`
         for batch in batches:
             if len(batch):
                 first = batch.pixels[0] if first is None else first
@@ -247,7 +277,7 @@ def _size_error(name: str, image: Tensor, first: Tensor) -> UserError:
     )
 
 
-def _not_an_image(item: _Item, came: str) -> UserError:
+def _not_an_image(item: Item, came: str) -> UserError:
     return UserError(f"the transform made {came} of image {item.name}: it must give a float tensor (3, height, width)")
 
 

@@ -10,6 +10,7 @@ from io import BufferedReader, BytesIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Named, so that a file that only calls itself .jpg never reaches Pillow's EPS reader, which starts another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM")
 LONGEST_ASPECT = 100  # a strip of 1×40,000 pixels, its shorter side made 256, would fill gigabytes

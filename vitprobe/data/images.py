@@ -65,7 +65,7 @@ class FileImages(Images):
 
     def fingerprint(self) -> str:
         """sha256 over names and byte sizes."""
-        return _digest(f"{name}\0{_size(path)}" for name, path in zip(self.names, self.paths, strict=True))
+        return digest(f"{name}\0{file_size(path)}" for name, path in zip(self.names, self.paths, strict=True))
 
 
 class TarImages(Images):
@@ -95,7 +95,7 @@ class TarImages(Images):
 
     def fingerprint(self) -> str:
         """sha256 over names and byte sizes."""
-        return _digest(f"{name}\0{size}" for name, (_, size) in zip(self.names, self.places, strict=True))
+        return digest(f"{name}\0{size}" for name, (_, size) in zip(self.names, self.places, strict=True))
 
 
 class ListImages(Images):
@@ -117,9 +117,7 @@ class ListImages(Images):
 
     def fingerprint(self) -> str:
         """sha256 over names, and sizes of files or contents of the rest."""
-        return _digest(
-            part for name, item in zip(self.names, self.items, strict=True) for part in (name, *_parts(item))
-        )
+        return digest(part for name, item in zip(self.names, self.items, strict=True) for part in (name, *_parts(item)))
 
 
 class TensorImages(Images):
@@ -135,7 +133,7 @@ class TensorImages(Images):
 
     def fingerprint(self) -> str:
         """sha256 over the tensor's type, shape and values."""
-        return _digest(_parts(self.pixels))
+        return digest(_parts(self.pixels))
 
 
 class LoaderImages(Images):
@@ -236,7 +234,7 @@ def _read_file(path: Path, name: str) -> Image.Image:
         raise BadImageError(name, f"cannot be opened: {error.strerror or error}") from error
 
 
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
     """Bytes of a file; -1 where it is gone."""
     try:
         return path.stat().st_size
@@ -247,7 +245,7 @@ def _size(path: Path) -> int:
 def _parts(item: Path | Image.Image | Tensor) -> Iterator[str | bytes]:
     """What tells an item from another."""
     if isinstance(item, Path):
-        yield str(_size(item))
+        yield str(file_size(item))
     elif isinstance(item, Tensor):
         yield f"{item.dtype} {tuple(item.shape)}"
         yield item.contiguous().view(torch.uint8).numpy().tobytes()
@@ -259,7 +257,7 @@ def _parts(item: Path | Image.Image | Tensor) -> Iterator[str | bytes]:
             yield error.reason
 
 
-def _digest(parts: Iterable[str | bytes]) -> str:
+def digest(parts: Iterable[str | bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part

@@ -18,7 +18,8 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vitprobe.data.decoding import BadImageError
+from vitprobe.data.decoding import EXTENSIONS, BadImageError
+from vitprobe.data.hub_sets import open_hub
 from vitprobe.data.images import (
     FileImages,
     Groups,
@@ -32,11 +33,11 @@ from vitprobe.data.images import (
     resolve_groups,
 )
 from vitprobe.data.samples import sample_images
+from vitprobe.data.streams import StreamImages
+from vitprobe.data.webdatasets import open_webdataset
 from vitprobe.errors import UserError
 
 __all__ = ["EXTENSIONS", "BadImageError", "Images", "LoaderImages", "open_images"]
-
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
@@ -44,9 +45,10 @@ def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
 
     Args:
         data: None for the packaged sample photographs; a folder (searched with its subfolders, links too, but no
-            folder twice), a plain `.tar` or one image file; a list of paths, PIL images or float tensors (3, H, W); a
-            float tensor (n, 3, H, W) or (3, H, W) - tensors are taken as normalised already; a torch DataLoader; or an
-            `Images`.
+            folder twice), a plain `.tar` or one image file; "wds:DIR/{0000..0063}.tar" (WebDataset), "hfds:NAME" or
+            "hfids:NAME" (a Hugging Face data set, on disk or streamed), each with "#SPLIT" at its end or without; a
+            list of paths, PIL images or float tensors (3, H, W); a float tensor (n, 3, H, W) or (3, H, W) - tensors are
+            taken as normalised already; a torch DataLoader; or an `Images`.
         groups: what each image was taken from (crops of one photograph, frames of one film): one entry an image, or a
             function from an image's name. By default each image stands for itself.
 
@@ -58,6 +60,11 @@ def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
         data = sample_images()
     if isinstance(data, Images):
         return data if groups is None else _regrouped(data, groups)
+    if isinstance(data, str) and data.startswith("wds:"):
+        return open_webdataset(data.removeprefix("wds:"), groups)
+    if isinstance(data, str) and data.startswith(("hfds:", "hfids:")):
+        kind, _, name = data.partition(":")
+        return open_hub(name, groups, streamed=kind == "hfids")
     if isinstance(data, str | os.PathLike):
         return _open_path(_path(data), groups)
     if isinstance(data, DataLoader):
@@ -205,6 +212,8 @@ def _checked(pixels: Tensor, ndim: int, what: str) -> Tensor:
 def _regrouped(images: Images, groups: Groups) -> Images:
     if isinstance(images, LoaderImages):
         return LoaderImages(images.loader, groups)
+    if isinstance(images, StreamImages):
+        return images.regrouped(groups)
     images = copy.copy(images)
     images.groups = resolve_groups(images.names, groups)
     return images

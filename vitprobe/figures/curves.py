@@ -73,12 +73,14 @@ class Curve:
         if np.isfinite(self.rows[["ci_low", "ci_high"]].to_numpy(float)).all(axis=1).any():
             return None
         few = int(self.rows["n"].to_numpy(int).min()) < 2
-        return "fewer than two independent images" if few else "an image has a ratio of 0 or ∞"
+        if few:
+            return "fewer than two independent images"
+        return "an image has a ratio of 0 or ∞" if "none" in set(self.rows["interval"]) else "all ratios are the same"
 
     @property
     def is_geometric(self) -> bool:
         """Whether its centre is the geometric mean, as for unbounded ratios."""
-        return bool((self.rows["interval"] == "log-t").any())
+        return bool(self.rows["interval"].isin(["log-t", "log-cs"]).any())
 
 
 Profiles = ProfileLike | Sequence[ProfileLike]

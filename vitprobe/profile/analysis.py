@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vitprobe.data.batches import Batch, default_workers, iterate, iterate_loader
-from vitprobe.data.images import Images, LoaderImages, printable
-from vitprobe.data.sources import open_images
-from vitprobe.data.transforms import ImageTransform, model_transform
+from vitprobe.data.batches import Batch
+from vitprobe.data.images import printable
+from vitprobe.data.shards import Share
 from vitprobe.errors import UserError
-from vitprobe.hooks.capture import Capture, capture
+from vitprobe.hooks.capture import capture
 from vitprobe.models.loaded import LoadedModel
-from vitprobe.models.loading import load_model
-from vitprobe.profile.folder import check_output, clear_run, write_manifest
-from vitprobe.profile.manifest import new_manifest
+from vitprobe.profile.distributed import World, joined
+from vitprobe.profile.dtype import DTYPE_BOUND, ForwardDtype, check_dtype, choose_dtype
+from vitprobe.profile.folder import check_output
+from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
-from vitprobe.profile.state import choose_batch_size, choose_device, prepared
-from vitprobe.profile.values import MemoryValues, Sharder, ShardValues
+from vitprobe.profile.resuming import Begun, read_begun, require_same
+from vitprobe.profile.run import Run
+from vitprobe.profile.state import prepared
+from vitprobe.profile.stopping import check_tolerance
+from vitprobe.profile.work import Work, prepare, require_agreement
 from vitprobe.statistics import select
 
 
@@ -43,12 +43,17 @@ def analyze(
     img_size: int | None = None,
     statistics: Sequence[str] | None = None,
     groups: Sequence[str] | Callable[[str], str] | None = None,
+    tolerance: float | None = None,
+    dtype: str | None = None,
+    dtype_bound: float = DTYPE_BOUND,
     batch_size: int | None = None,
     workers: int | None = None,
     device: str | torch.device | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
+    distributed: bool = False,
     progress: bool | None = None,
 ) -> Profile:
     """Measure how attention flows in a model on a set of images.
@@ -61,19 +66,31 @@ def analyze(
         data: anything that `open_images` takes; without it the packaged sample photographs.
         checkpoint: as for `load_model`: a file with the weights of the named model.
         arch: as for `load_model`: the architecture of a checkpoint file.
-        num_images: analyse this many, drawn at random without replacement (from a DataLoader: its first ones); all of
-            them without.
+        num_images: analyse this many, drawn at random without replacement (from a DataLoader or a stream: its first
+            ones); all of them without.
         transform: "model" (the model's own preprocessing) or "paper" (shorter side to 256 for a 224 crop, bicubic,
             ImageNet mean and std).
         img_size: the input size, where it is not the model's own.
         statistics: names from `vitprobe.statistics.STATISTICS`; all without.
         groups: what each image was taken from, a sequence or a function of its name; intervals count groups.
-        batch_size: images a batch; sized to the free memory without.
+        tolerance: draw images in random order and stop when the half-width of every interval of a mean over heads is
+            at most this share of the mean (of an entropy's maximum; of 1 on the log scale of ratios), after 64 groups
+            or more; `vitprobe.profile.stopping` says all of it. From a DataLoader images come in its own order.
+        dtype: what the forward pass runs in: "float32", "bfloat16" or "float16" (autocast), or "auto" (bfloat16 where
+            that is measured to change no statistic of the first images by more than `dtype_bound`); the weights' own
+            precision without. Statistics are computed in float32 in any case.
+        dtype_bound: the error that "auto" allows, of |a − b| / max(0.01, |b|).
+        batch_size: images a batch, at most a shard's 64; sized to the free memory without, and halved where that runs
+            out.
         workers: processes that read images; chosen for the machine without.
         device: "cpu", "cuda", …; a CUDA GPU where there is one without.
         seed: of the drawing of images.
-        out: the run's folder; shards of at most 64 images are written to it as they are finished.
+        out: the run's folder; shards of at most 64 images are written to it as they are finished, each whole
+            or not at all.
         overwrite: replace a run that is there already.
+        resume: go on with the run in `out` where it was broken off, or begin it; the values are those of an unbroken
+            run. Arguments, weights and data must be the same.
+        distributed: under torchrun, share the work with the other processes; all call this, and all see `out`.
         progress: show a progress bar; by default on a terminal and in a notebook.
 
     Returns:
@@ -82,6 +99,8 @@ def analyze(
     Raises:
         UserError: for bad input, in one line; nothing is written then.
     """
+    check_tolerance(tolerance)
+    check_dtype(dtype, dtype_bound)
     arguments = {
         "model": _shown(model),
         "checkpoint": None if checkpoint is None else _shown(checkpoint),
@@ -92,12 +111,17 @@ def analyze(
         "img_size": img_size,
         "statistics": None if statistics is None else list(statistics),
         "groups": None if groups is None else "given",
+        "tolerance": tolerance if tolerance is None else float(tolerance),
+        "dtype": dtype,
+        "dtype_bound": float(dtype_bound),
         "batch_size": batch_size,
         "workers": workers,
         "device": None if device is None else str(device),
         "seed": seed,
         "out": None if out is None else _shown(out),
         "overwrite": overwrite,
+        "resume": resume,
+        "distributed": distributed,
     }
     select(statistics)
     for name, number, least in (
@@ -108,35 +132,97 @@ def analyze(
     ):
         if number is not None and not (isinstance(number, Integral) and int(number) >= least):
             raise UserError(f"{name} is {number!r}; it must be a whole number of at least {least}")
+    if resume and (overwrite or out is None):
+        reason = (
+            "--overwrite starts anew: give one of the two" if overwrite else "that needs its folder: give --out too"
+        )
+        raise UserError(f"--resume goes on with a run, and {reason}")
     folder = None if out is None else Path(out)
-    if folder is not None:
-        check_output(folder, overwrite)
-    chosen_device = choose_device(device)
-    images = open_images(data, groups=groups)
-    loaded = load_model(model, checkpoint=checkpoint, arch=arch, img_size=img_size)
-    preprocess = model_transform(loaded.module, transform, img_size or loaded.transform.size)
-    layout = loaded.anatomy.layout(preprocess.size)
-    size = batch_size or choose_batch_size(layout, loaded.anatomy.width or 768, chosen_device)
+    with joined(distributed) as world:
+        if world.size > 1 and folder is None:
+            raise UserError("several processes put their values into one folder: give --out DIR, which all of them see")
+        if folder is not None:
+            world.together(lambda: check_output(folder, overwrite, resume))
+        begun = world.on_first(lambda: read_begun(folder)) if folder is not None and resume else None
+        work = world.together(lambda: prepare(model, checkpoint, data, groups, device, arguments, world))
+        manifests = world.gather(work.manifest)
+        require_agreement(manifests)
+        work.manifest["batch_size"] = min(manifest["batch_size"] for manifest in manifests)
+        if begun is not None:
+            assert folder is not None
+            require_same(folder, begun.manifest, work.manifest)
+            if begun.complete:
+                return Profile.load(folder)
+            work.manifest["batch_size"] = begun.manifest["batch_size"]
+        return _go(work, Run(work.manifest, folder, world, begun), _share(world, begun), progress)
 
-    manifest = new_manifest(loaded, chosen_device, arguments)
-    manifest["batch_size"] = size
-    manifest["transform"] = preprocess.describe()
-    run = _Run(loaded, manifest, folder)
-    began = time.perf_counter()
+
+def _go(work: Work, run: Run, share: Share, progress: bool | None) -> Profile:
+    """This process's share of the work, one batch after the other."""
+    module, manifest = work.model.module, work.manifest
+    statistics = manifest["arguments"]["statistics"]
+    # Plain text also in a notebook: tqdm's widget there needs ipywidgets, and warns without.
+    shown = (sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules if progress is None else progress
+    batches = work.batches(share)
+    bar = tqdm(
+        total=work.total(share),
+        desc=work.model.spec.name,
+        unit="img",
+        disable=not (shown and run.world.first),
+        dynamic_ncols=True,
+    )
     try:
-        batches = _batches(images, preprocess, num_images, seed, size, workers, chosen_device)
-        with prepared(loaded.module, chosen_device), closing(batches):  # or reading processes would outlive an error
-            run.go(batches, chosen_device, progress, _total(images, num_images), statistics)
-        run.finish("complete", images, began)
+        # Batches closed, or reading processes would outlive an error.
+        with (
+            prepared(module, work.device),
+            closing(batches),
+            bar,
+            capture(work.model, keep="statistics", statistics=statistics) as attention,
+            torch.inference_mode(),
+        ):
+            measure = Measurement(work.model, attention, work.device, manifest["batch_size"], manifest["out_of_memory"])
+            for batch in _settle_dtype(work, run, measure, batches):
+                finished = run.add(batch, measure(batch) if len(batch) else None, attention)
+                bar.update(len(batch) + len(batch.skipped))
+                if finished and run.enough():
+                    break
+        return run.finish()
     except KeyboardInterrupt:
-        run.finish("interrupted", images, began)
+        run.interrupt()
         raise
     except BaseException as error:
         kept = run.abandon()
         if kept and isinstance(error, UserError):
-            raise UserError(f"{error}; the {kept} images finished before are kept in {folder}") from error
+            raise UserError(f"{error}; the {kept} images finished before are kept in {run.folder}") from error
         raise
-    return run.profile
+
+
+def _settle_dtype(work: Work, run: Run, measure: Measurement, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Settle what the forward pass runs in, for all processes and sittings alike; gives the batches on."""
+    asked, bound = work.manifest["arguments"]["dtype"], work.manifest["arguments"]["dtype_bound"]
+    read: list[Batch] = []
+
+    def trial(dtype: ForwardDtype) -> dict[str, Tensor]:
+        while not (read and len(read[-1])) and (batch := next(batches, None)) is not None:
+            read.append(batch)
+        return measure.trial(read[-1], dtype) if read else {}
+
+    def choose() -> dict[str, Any]:
+        if run.begun is not None:
+            return run.begun.manifest["forward_dtype"]
+        return choose_dtype(asked, bound, work.model.module, work.device, trial).describe()
+
+    work.manifest["forward_dtype"] = run.world.on_first(choose)
+    measure.forward = ForwardDtype.from_description(work.manifest["forward_dtype"])
+    yield from read
+    yield from batches
+
+
+def _share(world: World, begun: Begun | None) -> Share:
+    """What this process has to do."""
+    if begun is None:
+        return Share(world.rank, world.size)
+    return Share(world.rank, world.size, begun.done, begun.ended)
 
 
 def _shown(thing: Any) -> str:
@@ -144,164 +230,3 @@ def _shown(thing: Any) -> str:
     if isinstance(thing, str | Path):
         return printable(str(thing))
     return type(getattr(thing, "module", thing)).__name__
-
-
-def _total(images: Images, num_images: int | None) -> int | None:
-    """Images that there will be, as far as that is known."""
-    known = images.announced if isinstance(images, LoaderImages) else len(images)
-    return min((count for count in (known, num_images) if count is not None), default=None)
-
-
-def _batches(
-    images: Images,
-    transform: ImageTransform,
-    num_images: int | None,
-    seed: int,
-    batch_size: int,
-    workers: int | None,
-    device: torch.device,
-) -> Generator[Batch, None, None]:
-    """The batches to analyse, in the order of the draw."""
-    if isinstance(images, LoaderImages):
-        return _first(iterate_loader(images), num_images)
-    order = np.arange(len(images))
-    if num_images is not None:
-        order = np.random.default_rng(seed).permutation(len(images))[:num_images]
-    return iterate(
-        images,
-        order.tolist(),
-        transform,
-        batch_size,
-        default_workers(len(order)) if workers is None else workers,
-        pin_memory=device.type == "cuda",
-    )
-
-
-def _first(batches: Iterator[Batch], num_images: int | None) -> Generator[Batch, None, None]:
-    """Batches until `num_images` have come."""
-    seen = 0
-    for batch in batches:
-        if num_images is not None:
-            keep = num_images - seen
-            batch = replace(
-                batch,
-                pixels=batch.pixels[:keep],
-                indices=batch.indices[:keep],
-                names=batch.names[:keep],
-                groups=batch.groups[:keep],
-            )
-        yield batch
-        seen += len(batch)
-        if num_images is not None and seen >= num_images:
-            return
-
-
-class _Run:
-    """One analysis under way: where its values go; its folder is claimed when the first batch has gone well."""
-
-    def __init__(self, model: LoadedModel, manifest: dict[str, Any], folder: Path | None) -> None:
-        self.model, self.manifest, self.folder = model, manifest, folder
-        self.values: MemoryValues | ShardValues = MemoryValues()
-        self.sharder: Sharder | None = None
-        self.claimed = False
-        self.skipped: list[tuple[str, str]] = []
-
-    def go(
-        self,
-        batches: Iterator[Batch],
-        device: torch.device,
-        progress: bool | None,
-        total: int | None,
-        statistics: Sequence[str] | None,
-    ) -> None:
-        """All batches, one after the other."""
-        module = self.model.module
-        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        # Plain text also in a notebook: tqdm's widget there needs ipywidgets, and warns without.
-        shown = (sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules if progress is None else progress
-        bar = tqdm(total=total, desc=self.model.spec.name, unit="img", disable=not shown, dynamic_ncols=True)
-        with bar, capture(self.model, keep="statistics", statistics=statistics) as attention, torch.inference_mode():
-            for batch in batches:
-                self.skipped += batch.skipped
-                if len(batch):
-                    values = self._measure(attention, batch, device, dtype)
-                    self._keep(attention, batch, values)
-                bar.update(len(batch) + len(batch.skipped))
-
-    def _measure(self, attention: Capture, batch: Batch, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        module, name = self.model.module, self.model.spec.name
-        try:
-            module(batch.pixels.to(device, dtype, non_blocking=True))
-        except AssertionError as error:  # timm's way to say that an input has the wrong size
-            height, width = batch.pixels.shape[-2:]
-            raise UserError(f"{name} cannot take images of {height}x{width} pixels: {error}") from None
-        values = {key: value.float().cpu() for key, value in attention.statistics().items()}
-        # Infinite is right in one place: where [cls] gives the patches less than float32 can hold.
-        bad = [
-            (value.isnan() if key == "cls_self_attention_ratio" else ~value.isfinite()).any(dim=2)
-            for key, value in values.items()
-        ]
-        images, blocks = torch.stack(bad).any(dim=0).nonzero(as_tuple=True)
-        if len(blocks):
-            first = int(blocks.argmin())
-            raise UserError(
-                f"the activations of {name} are NaN or infinite from block {blocks[first]} on (image "
-                f"{batch.names[int(images[first])]}); check its weights and the images' preprocessing"
-            )
-        return values
-
-    def _keep(self, attention: Capture, batch: Batch, values: dict[str, Tensor]) -> None:
-        if self.sharder is None:
-            self._begin(attention)
-        assert self.sharder is not None
-        self.sharder.add(batch.names, batch.groups, {name: value.numpy() for name, value in values.items()})
-
-    def _begin(self, attention: Capture) -> None:
-        """Claim the folder: from here on the run is worth keeping."""
-        self.manifest["layout"] = asdict(attention.layout) if attention.layout else None
-        self.manifest["undefined"] = attention.undefined
-        self.manifest["signed"] = attention.signed
-        if self.folder is not None:
-            check_output(self.folder, overwrite=True)
-            self.claimed = True
-            clear_run(self.folder)
-            write_manifest(self.folder, self.manifest)
-            self.values = ShardValues(self.folder)
-        self.sharder = Sharder(self.values)
-
-    def finish(self, status: str, images: Images, began: float) -> None:
-        """Write what is left, and the manifest's last word."""
-        if self.sharder is None:
-            if status == "complete":
-                reason = f"; the first: {self.skipped[0][0]} ({self.skipped[0][1]})" if self.skipped else ""
-                raise UserError(f"none of the {len(self.skipped)} images of {images.source} could be read{reason}")
-            return
-        self.sharder.flush()
-        self.manifest["status"] = status
-        self.manifest["wall_seconds"] = round(time.perf_counter() - began, 2)
-        self.manifest["data"] = {
-            "source": images.source,
-            "fingerprint": images.fingerprint(),
-            "analysed": len(self.values.names),
-            "groups": len(set(self.values.groups)),
-            "skipped": [{"name": name, "reason": reason} for name, reason in self.skipped],
-        }
-        if self.folder is not None:
-            self.profile.save(self.folder)
-
-    def abandon(self) -> int:
-        """After an error: how many images are kept in finished shards; without any, no folder is left."""
-        if self.folder is None or not self.claimed:
-            return 0
-        with suppress(UserError, OSError):  # the disk may be why we are here
-            if self.values.names:
-                write_manifest(self.folder, {**self.manifest, "status": "failed"})
-            else:
-                clear_run(self.folder)
-                self.folder.rmdir()  # unless it holds something else
-        return len(self.values.names)
-
-    @property
-    def profile(self) -> Profile:
-        """The result so far."""
-        return Profile(self.manifest, self.values)

@@ -9,29 +9,33 @@ from pathlib import Path
 from typing import Any
 
 from vitprobe.errors import UserError
-from vitprobe.files import disk_errors, write_atomically
+from vitprobe.files import PARTIAL, disk_errors, partial_of, write_atomically
 from vitprobe.profile.values import SHARD_FOLDER, SHARDS
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+SUMMARIES = ("summary.csv", "summary.parquet")
 REQUIRED = ("format_version", "model", "layout", "undefined", "arguments")
 
 
-def check_output(folder: Path, overwrite: bool) -> None:
+def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
     """Refuse a folder that a run must not be written to; touches nothing.
 
     Raises:
-        UserError: for a file, a folder with another run (without `overwrite`), a folder with something else in it, or
-            a place that is not writable.
+        UserError: for a file, a folder with another run (without `overwrite` or `resume`), a folder with something
+            else in it, or a place that is not writable.
     """
     with disk_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; give --out a folder")
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and any(not _unfinished(path) for path in folder.iterdir()):
             if not is_run(folder):
                 raise UserError(f"{folder} is not empty and holds no run of vitprobe; give --out a new or empty folder")
-            if not overwrite:
-                raise UserError(f"{folder} holds another run; pass --overwrite to replace it, or give another --out")
+            if not overwrite and not resume:
+                raise UserError(
+                    f"{folder} holds another run; pass --overwrite to replace it, --resume to go on with it, "
+                    f"or give another --out"
+                )
         existing = folder.absolute()
         while not existing.exists():
             existing = existing.parent
@@ -39,6 +43,11 @@ def check_output(folder: Path, overwrite: bool) -> None:
             raise UserError(f"{existing} is a file, so {folder} cannot be made; give another --out")
         if not os.access(existing, os.W_OK | os.X_OK):
             raise UserError(f"{existing} is not writable; give another --out")
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether a file is what a kill left of one being written."""
+    return path.name.startswith(".") and path.name.endswith(PARTIAL)
 
 
 def is_run(folder: Path) -> bool:
@@ -52,13 +61,30 @@ def is_run(folder: Path) -> bool:
 
 def clear_run(folder: Path) -> None:
     """Remove a run's own files from its folder, and nothing else (figures are the command line's)."""
+    clear_results(folder)
+    with disk_errors(folder):
+        (folder / MANIFEST).unlink(missing_ok=True)
+
+
+def clear_results(folder: Path) -> None:
+    """Remove all of a run's own files but the manifest: a kill meanwhile leaves a folder that is still a run's."""
+    clear_unfinished(folder)
     with disk_errors(folder):
         for path in (folder / SHARD_FOLDER).glob(SHARDS):
             path.unlink()
-        for name in (MANIFEST, "summary.csv", "summary.parquet"):
+        for name in SUMMARIES:
             (folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # not there, or it holds something else
             (folder / SHARD_FOLDER).rmdir()
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what a kill left of files that were being written."""
+    with disk_errors(folder):
+        for name in (MANIFEST, *SUMMARIES):
+            partial_of(folder / name).unlink(missing_ok=True)
+        for path in (folder / SHARD_FOLDER).glob(partial_of(Path(SHARDS)).name):
+            path.unlink()
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from vitprobe.files import write_atomically
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.profile.diagnosis import Diagnosis, diagnose
 from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
-from vitprobe.profile.intervals import Estimate, estimate
+from vitprobe.profile.intervals import Estimate, estimate, statistic_bounds
 from vitprobe.profile.values import MemoryValues, ShardValues
 from vitprobe.statistics import STATISTICS, select
 
@@ -109,17 +109,17 @@ class Profile:
         return self.values.read(statistic).astype(np.float64)
 
     def _estimate(self, statistic: str, values: Float64[np.ndarray, "image ..."]) -> Estimate:
-        bounds = STATISTICS[statistic].bounds(self.layout)
-        if self.manifest.get("signed") and STATISTICS[statistic].per_head:
-            bounds = (-np.inf, np.inf)  # a difference of attentions may be negative
-        return estimate(values, self.values.groups, bounds)
+        bounds = statistic_bounds(statistic, self.layout, bool(self.manifest.get("signed")))
+        sequential = self.manifest["arguments"].get("tolerance") is not None  # the data decided n
+        return estimate(values, self.values.groups, bounds, sequential=sequential)
 
     def table(self, statistics: Sequence[str] | None = None) -> pd.DataFrame:
         """The results, tidy: a row a statistic, block and head, and one more a block for the mean over heads.
 
         Columns: model, block, head (`<NA>` for the mean over heads), statistic, mean, ci_low, ci_high (95 %), n
         (independent groups of images), center (what the interval is about: the mean, or for unbounded ratios the
-        geometric mean), interval ("t", "log-t", or "none" for fewer than two groups).
+        geometric mean), interval ("t", "log-t"; "cs", "log-cs" of a confidence sequence where the run stopped itself;
+        "none" for fewer than two groups).
 
         Raises:
             UserError: for a statistic that this profile does not hold, with the reason.

@@ -11,23 +11,28 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vitprobe.data.shards import SHARD_IMAGES
 from vitprobe.errors import UserError
 from vitprobe.models.tokens import TokenLayout
 
 CGROUP = Path("/sys/fs/cgroup")
-MOST_IMAGES = 64  # a shard's worth; larger batches gain nothing
+MOST_IMAGES = SHARD_IMAGES  # larger batches gain nothing
 MEMORY_SHARE = 0.25  # of what is free
 ACTIVATIONS = 24  # float32 tensors of (tokens, width) that are alive at once in a block, with room to spare
 
 
-def choose_device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None, local_rank: int | None = None) -> torch.device:
     """The device of this name; without one, a CUDA GPU where there is one, else the CPU.
+
+    Of several processes on a machine, each with its `local_rank`, "cuda" gives each a GPU of its own.
 
     Raises:
         UserError: for a name that torch does not know, or a device that is not there.
     """
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if str(device) == "cuda" and local_rank is not None:
+        device = f"cuda:{local_rank}"
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen).cpu()  # which a device without storage ("meta") cannot do
@@ -39,10 +44,14 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def choose_batch_size(layout: TokenLayout, width: int, device: torch.device) -> int:
-    """Images a batch that fit well into the memory that is free, 1 to `MOST_IMAGES`."""
+def choose_batch_size(layout: TokenLayout, width: int, device: torch.device, processes: int = 1) -> int:
+    """Images a batch that fit well into the memory that is free, 1 to `MOST_IMAGES`.
+
+    So many `processes` share a CPU's memory; each has a GPU of its own.
+    """
     image_bytes = 4 * layout.num_tokens * width * ACTIVATIONS
-    return int(max(1, min(MOST_IMAGES, MEMORY_SHARE * free_memory(device) // image_bytes)))
+    free = free_memory(device) / (processes if device.type == "cpu" else 1)
+    return int(max(1, min(MOST_IMAGES, MEMORY_SHARE * free // image_bytes)))
 
 
 def free_memory(device: torch.device) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,10 +14,10 @@ from jaxtyping import Float32
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from vitprobe.data.batches import Key
 from vitprobe.errors import UserError
-from vitprobe.files import write_atomically
+from vitprobe.files import disk_errors, write_atomically
 
-SHARD_IMAGES = 64
 SHARD_FOLDER = "statistics"
 SHARDS = "shard-*.safetensors"
 
@@ -25,18 +26,42 @@ Arrays = Mapping[str, Float32[np.ndarray, "image block head"]]
 
 @dataclass(frozen=True)
 class Shard:
-    """Some images of a run: their names, groups, and `(n, blocks, heads)` of each statistic."""
+    """Some images of a run: their names, groups, and `(n, blocks, heads)` of each statistic.
+
+    Attributes:
+        names: of its images.
+        groups: what each was taken from.
+        arrays: the values by statistic; of a shard without a readable image none.
+        skipped: name and reason of each bad image.
+        whole: whether all its images are in it; False where Ctrl-C came before.
+        ends: whether it is the last of its part of a stream.
+    """
 
     names: list[str]
     groups: list[str]
     arrays: Arrays
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    whole: bool = True
+    ends: bool = False
 
 
 class Values(Protocol):
     """All values of a run."""
 
-    names: list[str]
-    groups: list[str]
+    @property
+    def names(self) -> list[str]:
+        """The images' names, shard by shard."""
+        ...
+
+    @property
+    def groups(self) -> list[str]:
+        """The images' groups."""
+        ...
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """Name and reason of each image that could not be read."""
+        ...
 
     def statistics(self) -> list[str]:
         """Names of the statistics that there are values of."""
@@ -47,7 +72,7 @@ class Values(Protocol):
         ...
 
     def shards(self) -> Iterator[Shard]:
-        """The values in pieces of at most `SHARD_IMAGES` images."""
+        """The values shard by shard."""
         ...
 
 
@@ -67,43 +92,68 @@ class MemoryValues:
         """The images' groups."""
         return [group for piece in self.pieces for group in piece.groups]
 
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """Name and reason of each image that could not be read."""
+        return [bad for piece in self.pieces for bad in piece.skipped]
+
     def statistics(self) -> list[str]:
         """Names of the statistics."""
-        return list(self.pieces[0].arrays) if self.pieces else []
+        return next((list(piece.arrays) for piece in self.pieces if piece.arrays), [])
 
     def read(self, statistic: str) -> Float32[np.ndarray, "image block head"]:
         """Every image's values of one statistic."""
-        return np.concatenate([piece.arrays[statistic] for piece in self.pieces])
+        return np.concatenate([piece.arrays[statistic] for piece in self.pieces if piece.arrays])
 
     def shards(self) -> Iterator[Shard]:
         """The pieces as they were added."""
         yield from self.pieces
 
-    def add(self, piece: Shard) -> None:
-        """Append the images of one shard."""
+    def shard(self, number: int) -> Shard | None:
+        """The shard of this number; None where it has not come."""
+        return self.pieces[number] if number < len(self.pieces) else None
+
+    def add(self, piece: Shard, key: Key | None = None) -> None:
+        """Append the images of one shard; shards come in order here, so `key` adds nothing."""
         self.pieces.append(piece)
 
 
 class ShardValues:
-    """Values in the shards of a run's folder; only the names of images, groups and statistics are held."""
+    """Values in the shards of a run's folder, in the order of their keys; arrays stay on disk until they are read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()  # read later, when the process may have gone elsewhere
-        self.paths = sorted((self.folder / SHARD_FOLDER).glob(SHARDS))
-        self.names: list[str] = []
-        self.groups: list[str] = []
+        self._heads: dict[Key, Shard] = {}  # without the arrays' contents
         self._statistics: list[str] = []
-        for path in self.paths:
-            with _open(path) as shard:
-                self._append(shard.metadata() or {}, path)
+        for path in (self.folder / SHARD_FOLDER).glob(SHARDS):
+            if re.fullmatch(r"shard(-\d+)+", path.stem):
+                with _open(path) as shard:
+                    self._hold(_key(path), _head(shard.metadata() or {}, path))
+        self._heads = dict(sorted(self._heads.items()))
 
-    def _append(self, metadata: dict[str, str], path: Path) -> None:
-        try:
-            self.names += json.loads(metadata["names"])
-            self.groups += json.loads(metadata["groups"])
-            self._statistics = self._statistics or json.loads(metadata["statistics"])
-        except (KeyError, json.JSONDecodeError):
-            raise UserError(f"{path} is no shard of vitprobe; analyze again with --overwrite") from None
+    def _hold(self, key: Key, head: tuple[Shard, list[str]]) -> None:
+        self._heads[key] = head[0]
+        self._statistics = self._statistics or head[1]
+
+    @property
+    def heads(self) -> Mapping[Key, Shard]:
+        """The shards without their arrays, by key, in order."""
+        return self._heads
+
+    @property
+    def names(self) -> list[str]:
+        """The images' names, shard by shard."""
+        return [name for head in self._heads.values() for name in head.names]
+
+    @property
+    def groups(self) -> list[str]:
+        """The images' groups."""
+        return [group for head in self._heads.values() for group in head.groups]
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """Name and reason of each image that could not be read."""
+        return [bad for head in self._heads.values() for bad in head.skipped]
 
     def statistics(self) -> list[str]:
         """Names of the statistics."""
@@ -112,64 +162,77 @@ class ShardValues:
     def read(self, statistic: str) -> Float32[np.ndarray, "image block head"]:
         """Every image's values of one statistic, from disk."""
         parts: list[np.ndarray] = []
-        for path in self.paths:
-            with _open(path) as shard:
+        for key, head in self._heads.items():
+            if not head.names:
+                continue
+            with _open(self._path(key)) as shard:
                 part = shard.get_tensor(statistic) if statistic in set(shard.keys()) else None
             if part is None or part.shape[1:] != (parts or [part])[0].shape[1:]:
-                raise UserError(f"{path} is of another run than the shards before it; analyze again with --overwrite")
+                raise UserError(
+                    f"{self._path(key)} is of another run than the shards before it; analyze again with --overwrite"
+                )
             parts.append(part)
         return np.concatenate(parts)
 
     def shards(self) -> Iterator[Shard]:
         """The shards in order."""
-        start = 0
-        for path in self.paths:
-            with _open(path) as shard:
-                arrays = {name: shard.get_tensor(name) for name in json.loads(shard.metadata()["statistics"])}
-            stop = start + len(next(iter(arrays.values())))
-            yield Shard(self.names[start:stop], self.groups[start:stop], arrays)
-            start = stop
+        for key, head in self._heads.items():
+            with _open(self._path(key)) as shard:
+                yield replace(head, arrays={name: shard.get_tensor(name) for name in self._statistics if head.names})
 
-    def add(self, piece: Shard) -> None:
-        """Write one more shard; it is readable as soon as this returns."""
-        path = self.folder / SHARD_FOLDER / f"shard-{len(self.paths):05d}.safetensors"
+    def shard(self, number: int) -> Shard | None:
+        """The shard of this number, also one that another process wrote; None where it is not there whole."""
+        path = self._path((number,))
+        if not path.exists():
+            return None
+        with _open(path) as shard:
+            head, statistics = _head(shard.metadata() or {}, path)
+            arrays = {name: shard.get_tensor(name) for name in statistics}
+        return replace(head, arrays=arrays) if head.whole else None
+
+    def keep(self, count: int) -> None:
+        """Remove all but the first `count` shards."""
+        for key in [key for key in self._heads if key >= (count,)]:
+            with disk_errors(self._path(key)):
+                self._path(key).unlink(missing_ok=True)
+            del self._heads[key]
+
+    def add(self, piece: Shard, key: Key | None = None) -> None:
+        """Write one more shard (after the last without `key`); it is readable as soon as this returns."""
+        if key is None:
+            key = (max(self._heads, default=(-1,))[0] + 1,)
+        last = not self._heads or key > next(reversed(self._heads))
         metadata = {
             "names": json.dumps(piece.names),
             "groups": json.dumps(piece.groups),
             "statistics": json.dumps(list(piece.arrays)),
+            "skipped": json.dumps(piece.skipped),
+            "whole": json.dumps(piece.whole),
+            "ends": json.dumps(piece.ends),
         }
         arrays = {name: np.ascontiguousarray(array) for name, array in piece.arrays.items()}
-        write_atomically(path, save(arrays, metadata=metadata))
-        self.paths.append(path)
-        self._append(metadata, path)
+        write_atomically(self._path(key), save(arrays, metadata=metadata))
+        self._hold(key, (replace(piece, arrays={}), list(piece.arrays)))
+        if not last:
+            self._heads = dict(sorted(self._heads.items()))
+
+    def _path(self, key: Key) -> Path:
+        return self.folder / SHARD_FOLDER / f"shard-{'-'.join(f'{number:05d}' for number in key)}.safetensors"
 
 
-class Sharder:
-    """Collects batches and passes them on as shards of `SHARD_IMAGES` images."""
+def _key(path: Path) -> Key:
+    return tuple(int(number) for number in path.stem.split("-")[1:])
 
-    def __init__(self, values: MemoryValues | ShardValues) -> None:
-        self.values = values
-        self._names: list[str] = []
-        self._groups: list[str] = []
-        self._arrays: dict[str, np.ndarray] = {}
 
-    def add(self, names: list[str], groups: list[str], arrays: Arrays) -> None:
-        """Take one batch; whole shards go on at once."""
-        self._names += names
-        self._groups += groups
-        for name, array in arrays.items():
-            self._arrays[name] = np.concatenate([self._arrays[name], array]) if name in self._arrays else array
-        while len(self._names) >= SHARD_IMAGES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Pass on what is left, at most one shard of it."""
-        if self._names:
-            first, rest = slice(None, SHARD_IMAGES), slice(SHARD_IMAGES, None)
-            arrays = {name: array[first] for name, array in self._arrays.items()}
-            self.values.add(Shard(self._names[first], self._groups[first], arrays))
-            self._names, self._groups = self._names[rest], self._groups[rest]
-            self._arrays = {name: array[rest] for name, array in self._arrays.items()}
+def _head(metadata: dict[str, str], path: Path) -> tuple[Shard, list[str]]:
+    """A shard without its arrays, and their names."""
+    try:
+        said = {key: json.loads(value) for key, value in metadata.items()}
+        skipped = [(name, reason) for name, reason in said.get("skipped", [])]
+        whole, ends = said.get("whole", True), said.get("ends", False)
+        return Shard(said["names"], said["groups"], {}, skipped, whole, ends), said["statistics"]
+    except (KeyError, ValueError, TypeError):
+        raise UserError(f"{path} is no shard of vitprobe; analyze again with --overwrite") from None
 
 
 def _open(path: Path):

@@ -1,0 +1,113 @@
+"""Hugging Face data sets through timm's readers: on disk, read in any order, or streamed, read part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data.readers.reader_factory import create_reader
+
+from vitprobe.data.decoding import BadImageError, decode
+from vitprobe.data.images import Groups, Images, digest, printable
+from vitprobe.data.streams import Sample, StreamImages, require, whole_part
+from vitprobe.errors import UserError
+
+NAMES = ("file_name", "filename", "id", "image_id", "__key__")  # columns that name an image, as in timm
+SPLIT = "train"  # as timm, and what a set without splits is called
+
+
+class HubImages(Images):
+    """A data set on disk; an image's name is its file's, where the set keeps it, or its row."""
+
+    def __init__(self, source: str, dataset: Any, column: str, groups: Groups = None) -> None:
+        self.dataset, self.column = dataset, column
+        self._files = dataset.data.column(column).combine_chunks()
+        paths = self._files.field("path").to_pylist()
+        names = [str(row) if path is None else Path(path).name for row, path in enumerate(paths)]
+        super().__init__(source, names, groups)
+
+    def read(self, index: int) -> Image.Image:
+        """The picture of a row, as RGB."""
+        return decode(BytesIO(_content(self.dataset[index][self.column], self.names[index])), self.names[index])
+
+    def fingerprint(self) -> str:
+        """sha256 over names and byte sizes."""
+        from pyarrow.compute import binary_length
+
+        sizes = binary_length(self._files.field("bytes")).to_pylist()
+        return digest(f"{name}\0{size}" for name, size in zip(self.names, sizes, strict=True))
+
+
+class HubStreamImages(StreamImages):
+    """A data set that is streamed, one of its files a part."""
+
+    def __init__(self, source: str, dataset: Any, column: str, groups: Groups = None) -> None:
+        super().__init__(source, dataset.num_shards, groups)
+        self.dataset, self.column = dataset, column
+
+    def samples(self, part: int) -> Iterator[Sample]:
+        """The rows of a part."""
+        with whole_part(f"part {part} of {self.source}"):
+            for row, sample in enumerate(self.dataset.shard(num_shards=self.parts, index=part)):
+                said = next((sample[key] for key in NAMES if sample.get(key) is not None), row)
+                name = printable(f"{part}/{said}")
+                try:
+                    yield Sample(name, _content(sample[self.column], name))
+                except BadImageError as error:
+                    yield Sample(name, None, error.reason)
+
+    def fingerprint(self) -> str:
+        """sha256 over the source, its parts and what the set says of itself."""
+        info = self.dataset.info
+        return digest(map(str, (self.source, self.parts, info.version, info.dataset_size, info.features)))
+
+
+def open_hub(spec: str, groups: Groups, streamed: bool) -> Images:
+    """The data set "NAME" or "NAME#SPLIT" (train without): of the hub, or a folder that `datasets` can load.
+
+    Raises:
+        UserError: without the package datasets, for a set that cannot be loaded, or one without a column of images.
+    """
+    require("datasets", "hfids:…" if streamed else "hfds:…")
+    import datasets
+
+    name, _, split = spec.partition("#")
+    shown = f"{'hfids' if streamed else 'hfds'}:{printable(spec)}"
+    try:
+        builder = datasets.load_dataset_builder(name)
+        column = _image_column(builder.info.features)
+        if not streamed:
+            reader: Any = create_reader(f"hfds/{name}", split=split or SPLIT, input_key=column)
+            return HubImages(shown, reader.dataset, column, groups)
+        # its length is the training's need, not ours
+        reader = create_reader(f"hfids/{name}", split=split or SPLIT, input_key=column, num_samples=1)
+        stream = reader.builder.as_streaming_dataset(split=split or SPLIT)
+        return HubStreamImages(shown, stream.cast_column(column, datasets.Image(decode=False)), column, groups)
+    except UserError:
+        raise
+    except Exception as error:  # whatever the hub, a disk, or a table has to say
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{shown} cannot be loaded ({reason}); give NAME#SPLIT of a data set of images") from None
+
+
+def _image_column(features: Any) -> str:
+    """The first column of images; timm's default where the set does not say."""
+    import datasets
+
+    return next((key for key, kind in (features or {}).items() if isinstance(kind, datasets.Image)), "image")
+
+
+def _content(image: Any, name: str) -> bytes:
+    """The file of a row's image: its bytes, or what lies where it says."""
+    image = image or {}
+    if image.get("bytes") is None and image.get("path"):
+        try:
+            return Path(image["path"]).read_bytes()
+        except OSError as error:
+            raise BadImageError(name, f"cannot be opened: {error.strerror or error}") from error
+    if image.get("bytes") is None:
+        raise BadImageError(name, "the row holds no image")
+    return image["bytes"]

@@ -1,0 +1,103 @@
+"""Shards: fixed slices of one global order of images, cut into batches inside, and dealt to processes.
+
+A shard is computed whole by one process, whichever and whenever, so what stands in a batch never depends on how many
+processes there are or where a run was broken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from vitprobe.data.batches import Batch, Key, cut, load
+from vitprobe.data.images import Images
+
+SHARD_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of `size` processes does of a run: of the shards that are not done, its own in turn.
+
+    Attributes:
+        rank: the process, from 0.
+        size: how many there are.
+        done: shards that are finished already.
+        ended: of a stream, the parts whose every shard is.
+    """
+
+    rank: int = 0
+    size: int = 1
+    done: frozenset[Key] = frozenset()
+    ended: frozenset[int] = frozenset()
+
+    def shards(self, n_images: int) -> list[int]:
+        """Numbers of the shards to do of so many images."""
+        missing = [number for number in range(-(-n_images // SHARD_IMAGES)) if (number,) not in self.done]
+        return missing[self.rank :: self.size]
+
+    def parts(self, n_parts: int) -> list[int]:
+        """The parts of a stream to read: one's own, or, where there are fewer than processes, all."""
+        missing = [part for part in range(n_parts) if part not in self.ended]
+        return missing[self.rank :: self.size] if n_parts >= self.size else missing
+
+    def wants(self, key: Key, n_parts: int) -> bool:
+        """Whether a shard of one of `parts` is to be done."""
+        return key not in self.done and (n_parts >= self.size or key[1] % self.size == self.rank)
+
+
+def iterate_shards(
+    images: Images,
+    order: Sequence[int],
+    transform: Callable[[Any], Tensor],
+    batch_size: int,
+    share: Share,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[Batch, None, None]:
+    """The batches of one process's share of the shards: shard k is always `order[64·k : 64·(k + 1)]`.
+
+    Batches are cut inside a shard, so what is in one does not depend on who computes it, or when.
+
+    Args and Raises: as `iterate`.
+    """
+    plan: list[tuple[int, range]] = []
+    for number in share.shards(len(order)):
+        start = number * SHARD_IMAGES
+        shard = range(start, min(start + SHARD_IMAGES, len(order)))
+        plan += [(number, positions) for positions in cut(shard, batch_size)]
+    positions = [positions for _, positions in plan]
+    with closing(load(images, order, positions, transform, workers, pin_memory, None)) as batches:
+        for (number, here), batch in zip(plan, batches, strict=True):
+            yield replace(batch, shard=(number,), last=here[-1] + 1 in (len(order), (number + 1) * SHARD_IMAGES))
+
+
+def cut_loader(batches: Generator[Batch, None, None], num_images: int | None) -> Generator[Batch, None, None]:
+    """The first `num_images` (or all) of a DataLoader's batches as they come, cut where a shard is full."""
+    seen = 0
+    with closing(batches):
+        for batch in batches:
+            start = 0
+            while start < len(batch) and (num_images is None or seen < num_images):
+                room = SHARD_IMAGES - seen % SHARD_IMAGES
+                if num_images is not None:
+                    room = min(room, num_images - seen)
+                piece = _part(batch, slice(start, start + room))
+                number, start, seen = seen // SHARD_IMAGES, start + len(piece), seen + len(piece)
+                yield replace(piece, shard=(number,), last=seen % SHARD_IMAGES == 0)
+            if num_images is not None and seen >= num_images:
+                return
+
+
+def _part(batch: Batch, which: slice) -> Batch:
+    return replace(
+        batch,
+        pixels=batch.pixels[which],
+        indices=batch.indices[which],
+        names=batch.names[which],
+        groups=batch.groups[which],
+    )

@@ -1,0 +1,71 @@
+"""WebDataset tars as a stream, a tar a part; which tars there are, timm's reader says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from timm.data.readers.reader_factory import create_reader
+from timm.utils.misc import natural_key
+
+from vitprobe.data.decoding import EXTENSIONS
+from vitprobe.data.images import Groups, digest, file_size, printable
+from vitprobe.data.streams import Sample, StreamImages, quiet, require, whole_part
+from vitprobe.errors import UserError
+
+
+class WebDatasetImages(StreamImages):
+    """The samples of WebDataset tars, the first image of each; its name is the tar's and the sample's key."""
+
+    def __init__(self, source: str, urls: list[str], groups: Groups = None) -> None:
+        super().__init__(source, len(urls), groups)
+        self.urls = urls
+
+    def samples(self, part: int) -> Iterator[Sample]:
+        """The samples of a tar."""
+        from webdataset.tariterators import tarfile_samples
+
+        url = self.urls[part]
+        with whole_part(url):
+            for sample in tarfile_samples([{"url": url}]):
+                content = next((sample[kind[1:]] for kind in EXTENSIONS if kind[1:] in sample), None)
+                yield Sample(printable(f"{_name(url)}/{sample['__key__']}"), content, "its sample holds no image")
+
+    def fingerprint(self) -> str:
+        """sha256 over the tars' names, and the sizes of those on a disk."""
+        return digest(f"{_name(url)}\0{file_size(Path(url))}" for url in self.urls)
+
+
+def open_webdataset(spec: str, groups: Groups = None) -> WebDatasetImages:
+    """The tars that `spec` names: "DIR/{0000..0063}.tar" (or URLs), a folder of tars, or "DIR#SPLIT" of timm's _info.json.
+
+    Raises:
+        UserError: for none, for one that is not there, or without the package webdataset.
+    """
+    require("webdataset", "wds:…")
+    shown = f"wds:{printable(spec)}"
+    path, _, split = spec.partition("#")
+    if Path(path).is_dir() and not split:
+        tars = sorted(Path(path).glob("*.tar"), key=lambda tar: (natural_key(tar.name), tar.name))
+        urls = [str(tar) for tar in tars]
+    else:
+        root, pattern = (path, split) if split else path.rpartition("/")[::2]
+        try:
+            with quiet("timm.data.readers.reader_wds"):  # which says that there is no _info.json
+                reader: Any = create_reader("wds/", root=root, split=pattern, is_training=False)
+        except (RuntimeError, KeyError, ValueError, AttributeError) as error:
+            raise UserError(f"{shown} cannot be opened: {' '.join(str(error).split())}") from None
+        urls = [f"{root}/{name}" if root else name for name in reader.split_info.filenames]
+    if not urls:
+        raise UserError(f"{shown} holds no .tar")
+    absent = [url for url in urls if ":" not in url and not Path(url).is_file()]
+    if absent:
+        raise UserError(
+            f"{shown}: {printable(absent[0])} does not exist; give DIR/{{0000..0063}}.tar, or a folder of tars"
+        )
+    return WebDatasetImages(shown, urls, groups)
+
+
+def _name(url: str) -> str:
+    return PurePosixPath(url).name
