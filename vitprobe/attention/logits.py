@@ -117,10 +117,6 @@ class GivenLogits:
         """Logits of some rows over the prefix keys, `(B, H, rows, prefix)`."""
         return self._logits[:, :, rows, : self.prefix].to(self.dtype)
 
-    def own(self, rows: slice) -> Tensor:
-        """Logits of some rows over their own key, `(B, H, rows)`."""
-        return self._logits.diagonal(dim1=-2, dim2=-1)[..., rows].to(self.dtype)
-
     def whole(self) -> Tensor:
         """All of them, `(B, H, T, T)`."""
         return self._logits.to(self.dtype)

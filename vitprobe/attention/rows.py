@@ -73,12 +73,13 @@ def summarize_rows(
     """
     start, stop, _ = rows.indices(logits.shape[2])
     batch, heads, count = logits.shape[0], logits.shape[1], stop - start
-    distances = entropies and start >= layout.num_prefix_tokens
+    prefix = layout.num_prefix_tokens
+    distances = entropies and start >= prefix
     with exact_float32(logits.device):
-        log_z_patches = _new(logits, batch, heads, count)
+        log_z_patches, self_logits = _new(logits, batch, heads, count), _new(logits, batch, heads, count)
         entropy = _new(logits, batch, heads, count) if entropies else None
         distance = _new(logits, batch, heads, count) if distances else None
-        values = None if value is None else value[:, :, layout.num_prefix_tokens :].to(logits.dtype).contiguous()
+        values = None if value is None else value[:, :, prefix:].to(logits.dtype).contiguous()
         parts = list(_parts(logits, layout.num_patches, start, stop, part_bytes))
         size = max((_numel(logits, part) * layout.num_patches for part in parts), default=0)
         workspace, weights_of = _new(logits, size), _new(logits, size)
@@ -87,6 +88,8 @@ def summarize_rows(
             here = (part.images, part.heads, slice(part.rows.start - start, part.rows.stop - start))
             scores = logits.patches(part, workspace)
             weights = weights_of[: scores.numel()].view(scores.shape)
+            if start >= prefix:  # of the very product that the weights come from, so that none exceeds their sum
+                self_logits[here] = scores.diagonal(part.rows.start - prefix, dim1=-2, dim2=-1)
             maximum = scores.amax(dim=-1, keepdim=True)
             torch.softmax(scores, dim=-1, out=weights)
             if logits.masked:  # a row that may look at no patch has no weights there, not NaN
@@ -115,10 +118,12 @@ def summarize_rows(
                     undefined.masked_fill_(nowhere, torch.nan)
 
         prefix_logits = logits.prefixes(rows)
+        if start < prefix:
+            self_logits = prefix_logits.diagonal(start, dim1=-2, dim2=-1)
         log_z = torch.logaddexp(log_z_patches, prefix_logits.logsumexp(dim=-1))
         if output is not None and value is not None:
             merge_prefix(output[:, :, rows], value, log_z_patches, log_z, prefix_logits)
-        return RowSummary(log_z, log_z_patches, logits.own(rows), prefix_logits, entropy, distance)
+        return RowSummary(log_z, log_z_patches, self_logits, prefix_logits, entropy, distance)
 
 
 def merge_prefix(

@@ -80,7 +80,8 @@ def _measure_sums(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor
         wide = output.to(logits.dtype)
         merge_prefix(wide, value, log_z_patches, log_z, prefix_logits)
         call.output = wide.to(query.dtype)
-        call.measured = RowSummary(
-            log_z[:, :, patches], log_z_patches[:, :, patches], logits.own(patches), prefix_logits[:, :, patches]
-        )
+        of_patches = log_z_patches[:, :, patches]
+        # Two products round differently; no weight exceeds the sum that it is a part of.
+        own = torch.minimum(logits.own(patches), of_patches)
+        call.measured = RowSummary(log_z[:, :, patches], of_patches, own, prefix_logits[:, :, patches])
     return True
