@@ -15,7 +15,7 @@ from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.blocks import BlockRecord, hook_block
 from vitprobe.hooks.calls import AttentionCall
 from vitprobe.hooks.interception import AttentionWatcher
-from vitprobe.hooks.measuring import measure
+from vitprobe.hooks.single_pass import measure
 from vitprobe.hooks.transformers_kernels import watch_kernels
 from vitprobe.hooks.views import views_of
 from vitprobe.models.anatomy.find import find_anatomy
@@ -93,7 +93,7 @@ class Capture:
         pooling_attention: with keep="qk", the attention calls of a forward pass outside its blocks: the pooling of
             its head, from one or a few learned queries to all tokens. They are in no statistic.
         undefined: statistics that this model does not have, with the reason; filled by a forward pass.
-        kernels: which kernels gave attention's output: "rows", "sums" (see `hooks.measuring.measure`) or "model".
+        kernels: which kernels gave attention's output: "rows", "sums" (see `hooks.single_pass.measure`) or "model".
         signed: whether its attention is a difference A1 − λ·A2, whose weights may be negative (differential attention).
     """
 

@@ -29,7 +29,7 @@ from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
 from vitprobe.hooks.calls import AttentionCall
 from vitprobe.hooks.capture import capture
-from vitprobe.hooks.measuring import measure
+from vitprobe.hooks.single_pass import measure
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import STATISTICS, compute_statistics
 
