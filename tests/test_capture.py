@@ -39,7 +39,7 @@ def test_output_is_the_same_bit_for_bit_with_fused_kernels_on(name: str, keep: s
     assert fused and all(fused)
     with torch.no_grad():
         expected = model(images())
-        with capture(model, keep=keep) as attention:
+        with capture(model, keep=keep, kernel="model") as attention:
             assert torch.equal(model(images()), expected)
             assert state_of(model) != before
         assert state_of(model) == before

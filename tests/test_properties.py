@@ -55,7 +55,8 @@ def test_permuting_patches_keeps_what_does_not_know_their_places(
         **{name: getattr(view, name)[:, order] for name in vars(view) if name.endswith("norms")},
     )
     assert_close(moved.probabilities(), view.probabilities()[:, :, order][..., order], **bound_of(view))
-    assert_close(moved.rows.entropy, view.rows.entropy[..., order], **bound_of(view))
+    patches = order[layout.num_prefix_tokens :] - layout.num_prefix_tokens
+    assert_close(moved.patch_rows.entropy, view.patch_rows.entropy[..., patches], **bound_of(view))
     before, after = compute_statistics(view), compute_statistics(moved)
     for name in set(before) - DISTANCES:
         assert_close(after[name], before[name], **bound_of(view))
@@ -141,9 +142,9 @@ def test_row_blocks_equal_the_whole(
     view = random_view(layout, sharpness=sharpness, seed=seed)
     if biased:
         view = replace(view, bias=bias_for(view, seed))
-    blocks = summarize_rows(view.source, layout, row_block_bytes=budget)
-    for name, whole in vars(view.rows).items():
-        assert_close(getattr(blocks, name), whole, **bound_of(view))
+    parts = summarize_rows(view.source, layout, layout.patches, part_bytes=budget)
+    for name, whole in vars(view.patch_rows).items():
+        assert_close(getattr(parts, name), whole, **bound_of(view))
 
 
 @given(layouts, st.sampled_from([0.0, 0.3, 3.0, 30.0]), seeds, st.booleans())
@@ -182,10 +183,11 @@ def test_masked_keys_are_as_if_they_were_not_there(
     fewer = replace(
         view, query=view.query[:, :, :kept], key=view.key[:, :, :kept], layout=replace(layout, grid=(rows - 1, columns))
     )
-    prefix = layout.num_prefix_tokens
-    for name in ("log_z", "log_z_patches", "entropy", "prefix_logits"):
-        assert_close(getattr(masked.rows, name)[:, :, :kept], getattr(fewer.rows, name), **bound_of(view))
-    assert_close(masked.rows.distance[:, :, : kept - prefix], fewer.rows.distance, **bound_of(view))
+    kept_patches = kept - layout.num_prefix_tokens
+    for name in ("log_z", "log_z_patches", "entropy", "distance", "prefix_logits"):
+        assert_close(
+            getattr(masked.patch_rows, name)[:, :, :kept_patches], getattr(fewer.patch_rows, name), **bound_of(view)
+        )
     assert (masked.probabilities()[..., kept:] == 0).all()
 
 

@@ -136,7 +136,7 @@ def test_entropy_further_out_than_rounding_is_left_to_be_seen() -> None:
     layout = TokenLayout(grid=(2, 2), has_cls=True)
     view = random_view(layout)
     maximum = math.log(4)
-    entropy = view.rows.entropy
+    entropy = view.cls_row.entropy
     entropy[:, 0, 0], entropy[:, 1, 0], entropy[:, 2, 0] = maximum + 1e-6, maximum + 1, -1e-6
     value = compute_statistics(view, ["cls_entropy"])["cls_entropy"]
     assert_close(value, np.tile([maximum, maximum + 1, 0], (2, 1)), tolerance=1e-7)

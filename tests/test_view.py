@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from helpers import TOLERANCE, LargestTensor, assert_all_close, assert_close, random_view
 from reference import largest_logit, reference_attention
-from vitprobe.attention import rows as rows_module
-from vitprobe.attention.rows import ROW_BLOCK_BYTES, summarize_rows
+from vitprobe.attention.rows import PART_BYTES, summarize_rows
 from vitprobe.attention.view import AttentionView, concatenate_views
 from vitprobe.errors import UserError
 from vitprobe.models.tokens import TokenLayout
@@ -97,7 +96,7 @@ def test_a_head_that_is_not_there(head: int) -> None:
 )
 def test_computed_in_float32_or_wider(dtype: torch.dtype, expected: torch.dtype) -> None:
     view = random_view(LAYOUT, dtype=dtype, sharpness=5)
-    assert view.probabilities().dtype == view.rows.entropy.dtype == expected
+    assert view.probabilities().dtype == view.patch_rows.entropy.dtype == expected
     tolerance = 1e-12 if dtype == torch.float64 else TOLERANCE
     assert_close(view.probabilities(), reference_attention(view.query, view.key, view.scale, None), tolerance=tolerance)
 
@@ -110,23 +109,29 @@ def test_rows_hold_what_they_say(layout: TokenLayout) -> None:
     view = random_view(layout, sharpness=4)
     prefix = layout.num_prefix_tokens
     s = (view.scale * view.query.double() @ view.key.double().mT).numpy()
-    rows = view.rows
     bound = {"max_logit": largest_logit(view.query, view.key, view.scale, None)}
-    assert_close(rows.log_z, np.log(np.exp(s).sum(-1)), **bound)
-    assert_close(rows.log_z_patches, np.log(np.exp(s[..., prefix:]).sum(-1)), **bound)
-    assert_close(rows.self_logits, s.diagonal(axis1=-2, axis2=-1), **bound)
-    assert_close(rows.prefix_logits, s[..., :prefix], **bound)
-    assert rows.distance.shape == (2, 3, layout.num_patches)
-    assert view.rows is rows, "one pass serves all statistics"
+    for rows, place in (
+        (view.cls_row, slice(0, 1)),
+        (view.patch_sums, layout.patches),
+        (view.patch_rows, layout.patches),
+    ):
+        if rows is view.cls_row and not prefix:
+            continue
+        assert_close(rows.log_z, np.log(np.exp(s).sum(-1))[..., place], **bound)
+        assert_close(rows.log_z_patches, np.log(np.exp(s[..., prefix:]).sum(-1))[..., place], **bound)
+        assert_close(rows.self_logits, s.diagonal(axis1=-2, axis2=-1)[..., place], **bound)
+        assert_close(rows.prefix_logits, s[..., place, :prefix], **bound)
+    assert view.patch_rows.distance.shape == view.patch_rows.entropy.shape == (2, 3, layout.num_patches)
+    assert view.patch_sums is view.patch_rows is view.patch_rows, "one pass serves all statistics"
 
 
 @pytest.mark.parametrize("budget", [1, 500, 4_000, 10**9])
 @pytest.mark.parametrize("shape", [None, (1, 3, T, T)])
 def test_any_row_block_gives_the_same(budget: int, shape: tuple[int, ...] | None) -> None:
     view = view_with_bias(shape, dtype=torch.float64)
-    blocks = summarize_rows(view.source, view.layout, row_block_bytes=budget)
-    for name, whole in vars(view.rows).items():
-        assert_close(getattr(blocks, name), whole, tolerance=1e-12)
+    parts = summarize_rows(view.source, view.layout, view.layout.patches, part_bytes=budget)
+    for name, whole in vars(view.patch_rows).items():
+        assert_close(getattr(parts, name), whole, tolerance=1e-12)
 
 
 def test_no_tensor_of_all_heads_and_tokens_is_made() -> None:
@@ -137,15 +142,14 @@ def test_no_tensor_of_all_heads_and_tokens_is_made() -> None:
         compute_statistics(view)
     with LargestTensor() as probabilities:
         view.probabilities()
-    assert statistics.bytes <= ROW_BLOCK_BYTES < whole
+    assert statistics.bytes <= PART_BYTES["cpu"] < whole
     assert probabilities.bytes >= whole, "the watch sees large tensors"
 
 
-def test_the_row_block_follows_the_module_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_follow_the_budget() -> None:
     view = random_view(TokenLayout(grid=(16, 16), has_cls=True))
-    monkeypatch.setattr(rows_module, "ROW_BLOCK_BYTES", 2**16)
     with LargestTensor() as watch:
-        assert view.rows.entropy.isfinite().all()
+        summarize_rows(view.source, view.layout, view.layout.patches, part_bytes=2**16)
     assert watch.bytes <= 2**16
 
 

@@ -1,135 +1,184 @@
-"""Everything a statistic asks of the rows of an attention matrix, in one pass over blocks of rows.
+"""Everything a statistic asks of the rows of an attention matrix, in one pass that can give attention's output too.
 
 For query i the logits are `s_ij = scale·q_i·k_j + b_ij`. P is the set of patch keys; the rest are prefix keys. The
 patch part is normalised on its own (`Z_P = logsumexp over P`) and the prefix columns are merged in the log domain
 (`Z = logaddexp(Z_P, logsumexp of the prefix logits)`). `1 − A` is never formed: where [cls] holds almost all of the
-mass, that subtraction would leave nothing but rounding. The N×N matrix exists for `ROW_BLOCK_BYTES` at a time.
+mass, that subtraction would leave nothing but rounding. The N×N matrix exists a part at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitprobe.attention.logits import Logits, Part
 from vitprobe.attention.precision import exact_float32
 from vitprobe.models.tokens import TokenLayout
 
-# Small enough for a block of logits to stay in a core's share of the cache, large enough to keep matmul busy.
-ROW_BLOCK_BYTES = 4 * 2**20
+# A part's logits and weights stay in a core's share of the cache; enough rows keep the products busy. Measured with
+# ViT-S/16 at 1024 px and ViT-B/16 at 224 and 448 px on two cores.
+PART_BYTES = {"cpu": 2**20}
+_PART_BYTES_ELSEWHERE = 2**28
+_ROWS, _ROWS_BYTES = 256, 2**23
 
 
 @dataclass(frozen=True, eq=False)
 class RowSummary:
-    """What one pass over the rows leaves, float32 (float64 for float64 input). T tokens, N patches, p prefix tokens.
+    """What one pass leaves of some rows R, float32 (float64 for float64 input). N patches, p prefix tokens.
 
     Attributes:
-        log_z: log of the sum over all keys of e^s, `(B, H, T)`.
+        log_z: log of the sum over all keys of e^s, `(B, H, R)`.
         log_z_patches: the same over the patch keys alone.
-        self_logits: s_ii, `(B, H, T)`.
-        prefix_logits: s_ij for the prefix keys j, `(B, H, T, p)`.
-        entropy: entropy in nats of each row over the patch keys, renormalised there, `(B, H, T)`; NaN for a row that
-            is masked from all of them.
-        distance: mean distance in patches from each patch row to the patch keys it attends to, `(B, H, N)`; NaN alike.
+        self_logits: s_ii, `(B, H, R)`.
+        prefix_logits: s_ij for the prefix keys j, `(B, H, R, p)`.
+        entropy: entropy in nats of each row over the patch keys, renormalised there, `(B, H, R)`; NaN for a row that
+            is masked from all of them; None where it was not asked for.
+        distance: mean distance in patches from each row to the patch keys it attends to, `(B, H, R)`; NaN alike; None
+            alike, and for rows of prefix tokens, which have no place on the grid.
     """
 
-    log_z: Float[Tensor, "batch head token"]
-    log_z_patches: Float[Tensor, "batch head token"]
-    self_logits: Float[Tensor, "batch head token"]
-    prefix_logits: Float[Tensor, "batch head token prefix"]
-    entropy: Float[Tensor, "batch head token"]
-    distance: Float[Tensor, "batch head patch"]
+    log_z: Float[Tensor, "batch head row"]
+    log_z_patches: Float[Tensor, "batch head row"]
+    self_logits: Float[Tensor, "batch head row"]
+    prefix_logits: Float[Tensor, "batch head row prefix"]
+    entropy: Float[Tensor, "batch head row"] | None = None
+    distance: Float[Tensor, "batch head row"] | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Logits:
-    """The logits of one batch, computed some rows at a time.
+def summarize_rows(
+    logits: Logits,
+    layout: TokenLayout,
+    rows: slice,
+    *,
+    entropies: bool = True,
+    value: Float[Tensor, "batch head token dim"] | None = None,
+    output: Float[Tensor, "batch head token dim"] | None = None,
+    part_bytes: int | None = None,
+) -> RowSummary:
+    """One exact pass over the logits of some rows, `part_bytes` (by default what suits the device) of them at a time.
 
-    Attributes:
-        rows: a slice of query positions → the logits of these rows, `(B, H, rows, T)`, in `dtype`.
-        shape: `(B, H, T)`.
-        device: where they are.
-        dtype: float32, or float64 for float64 input.
-        masked: whether some may be −∞.
+    Args:
+        logits: of one batch.
+        layout: its tokens.
+        rows: positions of the queries: patches alone, or prefix tokens alone.
+        entropies: whether entropies, and of patches distances, are wanted.
+        value: values, where attention's output is wanted too.
+        output: where that is written, at `rows`.
+        part_bytes: bytes of logits at a time.
     """
-
-    rows: Callable[[slice], Tensor]
-    shape: tuple[int, int, int]
-    device: torch.device
-    dtype: torch.dtype
-    masked: bool
-
-
-def product_logits(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Logits:
-    """The logits `scale·q·kᵀ + bias` of `(B, H, T, d)` queries and keys; of float16 and bfloat16 in float32.
-
-    The bias is broadcastable to `(B, H, T, T)`.
-    """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    keys = key.to(wide).transpose(-2, -1)
-
-    def rows(wanted: slice) -> Tensor:
-        logits = scale * (query[:, :, wanted].to(wide) @ keys)
-        if bias is not None:
-            logits += bias[..., wanted, :].to(wide)
-        return logits
-
-    batch, heads, tokens, _ = query.shape
-    return Logits(rows, (batch, heads, tokens), query.device, wide, bias is not None)
-
-
-def given_logits(logits: Tensor) -> Logits:
-    """Logits `(B, H, T, T)` that are there already."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    batch, heads, tokens, _ = logits.shape
-    return Logits(lambda wanted: logits[:, :, wanted].to(wide), (batch, heads, tokens), logits.device, wide, True)
-
-
-def summarize_rows(logits: Logits, layout: TokenLayout, row_block_bytes: int | None = None) -> RowSummary:
-    """One exact pass over the attention logits, `row_block_bytes` (default `ROW_BLOCK_BYTES`) of them at a time."""
-    wide, (batch, heads, tokens) = logits.dtype, logits.shape
-    prefix, budget = layout.num_prefix_tokens, row_block_bytes or ROW_BLOCK_BYTES
-    rows_at_once = max(1, budget // (batch * heads * tokens * wide.itemsize))
-    centers = layout.centers.to(logits.device, wide)
-
-    log_z_prefix, log_z_patches, self_logits, prefix_logits, entropies, distances = ([] for _ in range(6))
+    start, stop, _ = rows.indices(logits.shape[2])
+    batch, heads, count = logits.shape[0], logits.shape[1], stop - start
+    prefix = layout.num_prefix_tokens
+    distances = entropies and start >= prefix
     with exact_float32(logits.device):
-        for start in range(0, tokens, rows_at_once):
-            rows = slice(start, min(start + rows_at_once, tokens))
-            block = logits.rows(rows)
-            count = block.shape[-2]
-            self_logits.append(block.diagonal(offset=start, dim1=-2, dim2=-1).clone())
-            prefix_logits.append(block[..., :prefix].clone())
-            log_z_prefix.append(prefix_logits[-1].logsumexp(dim=-1))
+        log_z_patches, self_logits = _new(logits, batch, heads, count), _new(logits, batch, heads, count)
+        entropy = _new(logits, batch, heads, count) if entropies else None
+        distance = _new(logits, batch, heads, count) if distances else None
+        values = None if value is None else value[:, :, prefix:].to(logits.dtype).contiguous()
+        parts = list(_parts(logits, layout.num_patches, start, stop, part_bytes))
+        size = max((_numel(logits, part) * layout.num_patches for part in parts), default=0)
+        workspace, weights_of = _new(logits, size), _new(logits, size)
+        apart, apart_rows = None, None  # rows are in the outer loop
+        for part in parts:
+            here = (part.images, part.heads, slice(part.rows.start - start, part.rows.stop - start))
+            scores = logits.patches(part, workspace)
+            weights = weights_of[: scores.numel()].view(scores.shape)
+            if start >= prefix:  # of the very product that the weights come from, so that none exceeds their sum
+                self_logits[here] = scores.diagonal(part.rows.start - prefix, dim1=-2, dim2=-1)
+            maximum = scores.amax(dim=-1, keepdim=True)
+            torch.softmax(scores, dim=-1, out=weights)
+            if logits.masked:  # a row that may look at no patch has no weights there, not NaN
+                weights.masked_fill_(maximum == -torch.inf, 0)
+            # The largest weight is e^0 / Σ e^(s−m), so that it says what the others were divided by.
+            log_total = -weights.amax(dim=-1).log()
+            log_z_patches[here] = maximum[..., 0] + log_total.where(maximum[..., 0] > -torch.inf, 0)
+            if output is not None and values is not None:
+                seen = values[part.images, part.heads].flatten(0, 1)
+                mixed = torch.bmm(weights.flatten(0, 1), seen)
+                output[part.images, part.heads, part.rows] = mixed.view(*weights.shape[:3], -1)
+            if entropy is not None:
+                # H = log Σ e^(s−m) + Σ p·(m−s): both terms are ≥ 0, so nothing cancels.
+                below = torch.sub(maximum, scores, out=scores)
+                if logits.masked:  # a masked key has no weight, and 0·∞ must count as 0
+                    below.masked_fill_(weights == 0, 0)
+                entropy[here] = torch.mul(weights, below, out=scores).sum(dim=-1) + log_total
+            if distance is not None:
+                if apart is None or part.rows != apart_rows:
+                    apart, apart_rows = _distances(layout, part.rows, logits), part.rows
+                distance[here] = torch.mul(weights, apart, out=scores).sum(dim=-1)
+        if logits.masked:
+            nowhere = log_z_patches == -torch.inf
+            for undefined in (entropy, distance):
+                if undefined is not None:
+                    undefined.masked_fill_(nowhere, torch.nan)
 
-            patch_logits = block[..., prefix:]
-            maximum = patch_logits.amax(dim=-1, keepdim=True)
-            if logits.masked:  # a row that may look at no patch has a mass of e^(−inf) there, not NaN
-                maximum = maximum.clamp(min=torch.finfo(wide).min)
-            below = maximum - patch_logits  # m − s ≥ 0
-            weights = torch.exp(-below)
-            total = weights.sum(dim=-1)
-            if logits.masked:  # a masked key (s = −inf) has no weight, and 0·inf must count as 0
-                below = below.masked_fill(patch_logits == -torch.inf, 0)
-            log_z_patches.append(maximum[..., 0] + total.log())
-            # H = log Σ e^(s−m) + Σ p·(m−s): both terms are ≥ 0, so nothing cancels.
-            entropies.append(total.log() + (weights * below).sum(dim=-1) / total)
+        prefix_logits = logits.prefixes(rows)
+        if start < prefix:
+            self_logits = prefix_logits.diagonal(start, dim1=-2, dim2=-1)
+        log_z = torch.logaddexp(log_z_patches, prefix_logits.logsumexp(dim=-1))
+        if output is not None and value is not None:
+            merge_prefix(output[:, :, rows], value, log_z_patches, log_z, prefix_logits)
+        return RowSummary(log_z, log_z_patches, self_logits, prefix_logits, entropy, distance)
 
-            first = max(0, prefix - rows.start)  # rows before this one are prefix rows, which have no place on the grid
-            if first < count:
-                patch_rows = slice(rows.start + first - prefix, rows.stop - prefix)
-                apart = torch.cdist(centers[patch_rows], centers, compute_mode="donot_use_mm_for_euclid_dist")
-                distances.append((weights[..., first:, :] * apart).sum(dim=-1) / total[..., first:])
 
-        patches_z = torch.cat(log_z_patches, dim=-1)
-        return RowSummary(
-            log_z=torch.logaddexp(patches_z, torch.cat(log_z_prefix, dim=-1)),
-            log_z_patches=patches_z,
-            self_logits=torch.cat(self_logits, dim=-1),
-            prefix_logits=torch.cat(prefix_logits, dim=-2),
-            entropy=torch.cat(entropies, dim=-1),
-            distance=torch.cat(distances, dim=-1),
-        )
+def merge_prefix(
+    output: Float[Tensor, "batch head row dim"],
+    value: Float[Tensor, "batch head token dim"],
+    log_z_patches: Float[Tensor, "batch head row"],
+    log_z: Float[Tensor, "batch head row"],
+    prefix_logits: Float[Tensor, "batch head row prefix"],
+) -> None:
+    """Makes attention's output over the patch keys alone, in place, that over all keys."""
+    prefix = prefix_logits.shape[-1]
+    if prefix:
+        weights = torch.exp(prefix_logits - log_z[..., None])
+        output *= torch.exp(log_z_patches - log_z)[..., None]
+        output += weights @ value[:, :, :prefix].to(weights.dtype)
+
+
+def _parts(logits: Logits, patches: int, start: int, stop: int, part_bytes: int | None) -> Iterator[Part]:
+    """Parts of at most about `part_bytes` over the patch keys: rows in the outer loop, then images and heads."""
+    batch, heads, _ = logits.shape
+    row_bytes = patches * logits.dtype.itemsize
+    least = 1
+    if part_bytes is None:
+        part_bytes = PART_BYTES.get(logits.device.type, _PART_BYTES_ELSEWHERE)
+        # So few rows of so many keys that products suffer: rather a part somewhat larger.
+        least = max(1, min(_ROWS, _ROWS_BYTES // row_bytes))
+    affordable = max(1, part_bytes // row_bytes)  # rows, of any image and head
+    rows = min(stop - start, max(affordable // (batch * heads), least))
+    if not rows:
+        return
+    rows = math.ceil((stop - start) / math.ceil((stop - start) / rows))  # parts alike in size
+    at_once = max(1, affordable // rows)  # images and heads
+    for first in range(start, stop, rows):
+        these = slice(first, min(first + rows, stop))
+        if at_once >= heads:
+            images = at_once // heads
+            for image in range(0, batch, images):
+                yield Part(slice(image, min(image + images, batch)), slice(0, heads), these)
+            continue
+        for image in range(batch):
+            for head in range(0, heads, at_once):
+                yield Part(slice(image, image + 1), slice(head, min(head + at_once, heads)), these)
+
+
+def _numel(logits: Logits, part: Part) -> int:
+    """Rows in a part, of all its images and heads."""
+    return math.prod(place.stop - place.start for place in part)
+
+
+def _new(logits: Logits, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=logits.dtype, device=logits.device)
+
+
+def _distances(layout: TokenLayout, rows: slice, logits: Logits) -> Float[Tensor, "row patch"]:
+    """Distance on the grid between the patches at some positions and all patches."""
+    centers = layout.centers.to(logits.device, logits.dtype)
+    own = centers[rows.start - layout.num_prefix_tokens : rows.stop - layout.num_prefix_tokens]
+    return torch.cdist(own, centers, compute_mode="donot_use_mm_for_euclid_dist")

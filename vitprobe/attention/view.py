@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitprobe.attention.logits import GivenLogits, Logits, ProductLogits
 from vitprobe.attention.precision import exact_float32
-from vitprobe.attention.rows import Logits, RowSummary, given_logits, product_logits, summarize_rows
+from vitprobe.attention.rows import RowSummary, summarize_rows
 from vitprobe.errors import UserError
 from vitprobe.models.tokens import TokenLayout
 
@@ -32,6 +33,7 @@ class AttentionView:
         unscaled_update_norms: the same before LayerScale or a post-norm.
         output_norms: norm of each token leaving the block, `(B, N)`.
         logits: what the softmax is taken of, `(B, H, N, N)`, where queries and keys are not known.
+        measured: of the patch rows, what was found along with attention's output, if that was computed here.
         subtracted: in differential attention, A = A1 − λ·A2: the view of A2. This one is A1.
         subtracted_weight: λ, one number.
     """
@@ -47,6 +49,7 @@ class AttentionView:
     unscaled_update_norms: Float[Tensor, "batch token"] | None = None
     output_norms: Float[Tensor, "batch token"] | None = None
     logits: Float[Tensor, "batch head token token"] | None = None
+    measured: RowSummary | None = None
     subtracted: AttentionView | None = None
     subtracted_weight: Float[Tensor, ""] | None = None
 
@@ -81,16 +84,33 @@ class AttentionView:
 
     @cached_property
     def source(self) -> Logits:
-        """The logits, some rows at a time."""
+        """The logits, a part at a time."""
+        prefix = self.layout.num_prefix_tokens
         if self.logits is not None:
-            return given_logits(self.logits)
+            return GivenLogits(self.logits, prefix)
         assert self.query is not None and self.key is not None
-        return product_logits(self.query, self.key, self.scale, self.bias)
+        return ProductLogits(self.query, self.key, self.scale, self.bias, prefix)
 
     @cached_property
-    def rows(self) -> RowSummary:
-        """Normalisers, entropies, distances and prefix weights of each row: one pass over blocks of rows."""
-        return summarize_rows(self.source, self.layout)
+    def cls_row(self) -> RowSummary:
+        """Of the first row alone, [cls] where there is one: what its weights were divided by, and its entropy."""
+        return summarize_rows(self.source, self.layout, slice(0, 1))
+
+    @property
+    def patch_sums(self) -> RowSummary:
+        """Of the patch rows: what their weights were divided by, and their weights for the prefix tokens."""
+        return self.__dict__.get("patch_rows") or self._sums
+
+    @cached_property
+    def _sums(self) -> RowSummary:
+        return self.measured or summarize_rows(self.source, self.layout, self.layout.patches, entropies=False)
+
+    @cached_property
+    def patch_rows(self) -> RowSummary:
+        """The same with entropies and distances, from one pass over the whole rows."""
+        if self.measured is not None and self.measured.entropy is not None:
+            return self.measured
+        return summarize_rows(self.source, self.layout, self.layout.patches)
 
     def probabilities(self, head: int | None = None) -> Tensor:
         """The attention weights themselves, in float32 or wider.
@@ -115,7 +135,7 @@ class AttentionView:
                 f"head out for all"
             )
         with exact_float32(view.source.device):
-            weights = view.source.rows(slice(None)).softmax(dim=-1)
+            weights = view.source.whole().softmax(dim=-1)
         if view.subtracted is not None and view.subtracted_weight is not None:
             weights = weights - view.subtracted_weight * view.subtracted.probabilities()
         return weights if head is None else weights[:, 0]
@@ -134,6 +154,7 @@ class AttentionView:
             key=one(self.key),
             bias=one(self.bias),
             logits=one(self.logits),
+            measured=None,
             subtracted=None if self.subtracted is None else self.subtracted._of_head(head),
         )
 
@@ -162,6 +183,7 @@ class AttentionView:
             key=tokens(self.key),
             bias=pairs(self.bias),
             logits=pairs(self.logits),
+            measured=None,
             layout=layout,
             subtracted=None if self.subtracted is None else self.subtracted.of_image(image, layout),
             **{name: tokens(getattr(self, name)) for name in _NORMS},
@@ -194,6 +216,7 @@ def concatenate_views(views: list[AttentionView]) -> AttentionView:
         key=joined("key"),
         bias=_joined_bias(views),
         logits=joined("logits"),
+        measured=None,
         subtracted=concatenate_views(subtracted) if subtracted else None,
         **{name: joined(name) for name in _NORMS},
     )

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitprobe.attention.rows import RowSummary
 from vitprobe.hooks.handover import hand_over
 
 
@@ -27,6 +28,11 @@ class AttentionCall:
         handed_over: whether the model showed it itself.
         applied: of a softmax, whether its output went into a product (with the values) unchanged.
         changed_by: of a softmax, the first function that changed its output.
+        value: values of `F.scaled_dot_product_attention`, whose output may be computed here; None of other calls.
+        dropout: share of the weights that are dropped.
+        needs_gradient: whether autograd follows it.
+        output: what the call gives, where that was computed here instead of by the model's kernel.
+        measured: what was found of the patch rows along with that.
     """
 
     query: Tensor | None
@@ -37,6 +43,11 @@ class AttentionCall:
     handed_over: bool = False
     applied: bool = True
     changed_by: str = ""
+    value: Tensor | None = None
+    dropout: float = 0.0
+    needs_gradient: bool = False
+    output: Tensor | None = None
+    measured: RowSummary | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +82,16 @@ def read_call(
     if bias is not None:  # a mask of keys alone, (B, 1, 1, N), is the same for each query; no memory is taken
         bias = bias.expand(*bias.shape[:-2], query.shape[-2], key.shape[-2])
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return AttentionCall(query.detach(), key.detach(), scale, bias)
+    followed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    return AttentionCall(
+        query.detach(),
+        key.detach(),
+        scale,
+        bias,
+        value=value.detach(),
+        dropout=dropout_p,
+        needs_gradient=followed,
+    )
 
 
 def read_hand_over(
@@ -79,7 +99,7 @@ def read_hand_over(
 ) -> AttentionCall:
     """Of `hand_over`."""
     call = read_call(query, key, key, attn_mask=bias, scale=scale, enable_gqa=True)
-    call.handed_over = True
+    call.handed_over, call.value = True, None
     return call
 
 

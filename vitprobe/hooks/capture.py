@@ -15,15 +15,18 @@ from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.blocks import BlockRecord, hook_block
 from vitprobe.hooks.calls import AttentionCall
 from vitprobe.hooks.interception import AttentionWatcher
+from vitprobe.hooks.single_pass import measure
 from vitprobe.hooks.transformers_kernels import watch_kernels
 from vitprobe.hooks.views import views_of
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import compute_statistics, select
-from vitprobe.statistics.table import available_needs
+from vitprobe.statistics.table import Asks, available_needs
 
 Keep = Literal["qk", "statistics"]
+Kernel = Literal["auto", "model"]
+_DEAREST: tuple[Asks, ...] = ("tokens", "cls", "sums", "rows")  # the last costs most
 
 
 def capture(
@@ -34,6 +37,7 @@ def capture(
     accumulate: bool = False,
     layout: TokenLayout | None = None,
     blocks: Sequence[nn.Module] | None = None,
+    kernel: Kernel | str = "auto",
 ) -> Capture:
     """A context in which every forward pass of `model` leaves its attention to be read.
 
@@ -48,6 +52,8 @@ def capture(
         accumulate: append each batch to the ones before; otherwise a new forward pass replaces the last one's.
         layout: which token is what, for a bare module of which that is not found.
         blocks: the transformer blocks in the order in which they run, likewise.
+        kernel: with keep="statistics", "auto" computes attention's output along with the statistics where that saves a
+            pass (it differs from the model's own by rounding); "model" leaves every call to the model.
 
     Raises:
         AttentionNotSeenError: for a model whose blocks or patch grid are not found, of an unsupported kind, or inside
@@ -70,8 +76,10 @@ def capture(
         known = find_anatomy(module, layout, blocks)
     elif layout is not None or blocks is not None:
         raise UserError("layout and blocks are for a bare module: give them to load_model(module, …) instead")
+    if kernel not in ("auto", "model"):
+        raise UserError(f"kernel={kernel!r} is not known; choose 'auto' (the fastest) or 'model' (the model's own)")
     select(statistics)
-    return Capture(known, keep, statistics, accumulate)
+    return Capture(known, keep, statistics, accumulate, kernel)
 
 
 class Capture:
@@ -85,10 +93,18 @@ class Capture:
         pooling_attention: with keep="qk", the attention calls of a forward pass outside its blocks: the pooling of
             its head, from one or a few learned queries to all tokens. They are in no statistic.
         undefined: statistics that this model does not have, with the reason; filled by a forward pass.
+        kernels: which kernels gave attention's output: "rows", "sums" (see `hooks.single_pass.measure`) or "model".
         signed: whether its attention is a difference A1 − λ·A2, whose weights may be negative (differential attention).
     """
 
-    def __init__(self, anatomy: Anatomy, keep: Keep | str, statistics: Sequence[str] | None, accumulate: bool) -> None:
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        keep: Keep | str,
+        statistics: Sequence[str] | None,
+        accumulate: bool,
+        kernel: Kernel | str = "auto",
+    ) -> None:
         self.anatomy = anatomy
         self.module = anatomy.module
         self.keep = keep
@@ -98,6 +114,10 @@ class Capture:
         self.signed = False
         self._names = None if statistics is None else [statistic.name for statistic in select(statistics)]
         self._accumulate = accumulate
+        self._kernel = kernel
+        self.kernels: set[str] = set()
+        asked = {statistic.asks for statistic in select(self._names)}
+        self._asks: Asks = next(asks for asks in reversed(_DEAREST) if asks in asked)
         self._blocks = anatomy.blocks
         self._batch = 0  # images in the last forward pass
         # Of each block, for each forward pass: its views, or the values of its views.
@@ -185,6 +205,8 @@ class Capture:
         """Take an attention call; whether it belongs to a block."""
         if self._running is not None:
             self._running.calls.append(call)
+            if self.keep == "statistics" and self._kernel == "auto" and isinstance(self.layouts, TokenLayout):
+                self.kernels.add(measure(call, self.layouts, self._asks))
             return True
         if self._in_forward and self.keep == "qk" and call.logits is None and not _in_backward():
             self.pooling_attention.append(call)

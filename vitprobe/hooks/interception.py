@@ -21,7 +21,9 @@ _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "badd
 
 
 class AttentionWatcher(TorchFunctionMode):
-    """While entered, hands every attention call of this thread to `seen`, which says whether it matters, and runs it.
+    """While entered, hands every attention call of this thread to `seen`, which says whether it matters.
+
+    Then it runs, unless its output was computed there.
 
     A function mode sees a call whichever kernel serves it, and wherever the function was imported from; calls that
     `seen` itself makes are not seen again. Of a softmax it is followed what becomes of the output: only what
@@ -38,9 +40,10 @@ class AttentionWatcher(TorchFunctionMode):
         kwargs = kwargs or {}
         reader = READERS.get(func)
         if reader is not None:
-            self.seen(reader(*args, **kwargs))
-            # Handed on in full, so that a capture around this one sees it too.
-            return func(*args, **kwargs)
+            call = reader(*args, **kwargs)
+            self.seen(call)
+            # Otherwise handed on in full, so that a capture around this one sees it too.
+            return func(*args, **kwargs) if call.output is None else call.output
         output = func(*args, **kwargs)
         if self._followed:
             self._follow(func, args, kwargs, output)

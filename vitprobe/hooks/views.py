@@ -95,7 +95,7 @@ def _view(
         if all(view.query is not None and view.bias is first.bias and view.scale == first.scale for view in views):
             query = torch.cat([view.query for view in views if view.query is not None], dim=1)
             key = torch.cat([view.key for view in views if view.key is not None], dim=1)
-            return replace(first, query=query, key=key)
+            return replace(first, query=query, key=key, measured=None)
     raise AttentionNotSeenError(
         f"{where} computed {len(views)} attentions that are not heads of one, so it has no single attention map; "
         f"{SHOW_IT}"
@@ -118,7 +118,7 @@ def _view_of_call(index: int, call: AttentionCall, layout: TokenLayout, batch: i
     if bias is not None and bias.ndim == 3 and call.query is not None and call.query.ndim == 3 and len(bias) > 1:
         bias = by_head(bias)
     query, key, logits = by_head(call.query), by_head(call.key), by_head(call.logits)
-    return AttentionView(index, query, key, call.scale, bias, layout, logits=logits)
+    return AttentionView(index, query, key, call.scale, bias, layout, logits=logits, measured=call.measured)
 
 
 def _difference_weight(block: nn.Module) -> Tensor | None:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitprobe.attention.rows import RowSummary
 from vitprobe.attention.view import AttentionView
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics.table import declare
@@ -29,6 +30,11 @@ def _entropy(layout: TokenLayout) -> tuple[float, float]:
     return 0.0, math.log(layout.num_patches)
 
 
+def _entropies(rows: RowSummary) -> Tensor:
+    assert rows.entropy is not None
+    return rows.entropy
+
+
 def _clamp_entropy(entropy: Tensor, layout: TokenLayout) -> Tensor:
     """Bring rounding back into [0, log N]; what lies further out than rounding explains is left to be seen."""
     maximum = math.log(layout.num_patches)
@@ -38,11 +44,18 @@ def _clamp_entropy(entropy: Tensor, layout: TokenLayout) -> Tensor:
 
 
 @declare(
-    "cls_self_attention", "[cls] self-attention", "share", _share, "cls", figure=3, released_name="cls_cls_attention"
+    "cls_self_attention",
+    "[cls] self-attention",
+    "share",
+    _share,
+    "cls",
+    figure=3,
+    released_name="cls_cls_attention",
+    asks="cls",
 )
 def cls_self_attention(view: AttentionView) -> PerHead:
     """A_00: the share of its attention that [cls] gives to itself, 0 to 1 (the paper's Figure 3)."""
-    rows = view.rows
+    rows = view.cls_row
     return torch.exp(rows.self_logits[..., 0] - rows.log_z[..., 0])
 
 
@@ -53,10 +66,11 @@ def cls_self_attention(view: AttentionView) -> PerHead:
     lambda layout: (0.0, math.inf),
     "cls distribution",
     released_name="cls_cls_attention_adj_for_cls",
+    asks="cls",
 )
 def cls_self_attention_ratio(view: AttentionView) -> PerHead:
     """A_00 / S_0: what [cls] gives itself per unit that it gives the patches, 0 to ∞ (an odds, not a share)."""
-    rows = view.rows
+    rows = view.cls_row
     return torch.exp(rows.self_logits[..., 0] - rows.log_z_patches[..., 0])
 
 
@@ -67,17 +81,18 @@ def cls_self_attention_ratio(view: AttentionView) -> PerHead:
     lambda layout: (0.0, 1 / layout.num_patches),
     "cls",
     released_name="cls_pos_attention",
+    asks="cls",
 )
 def cls_to_patches(view: AttentionView) -> PerHead:
     """(1/N) Σ_P A_0j: what [cls] gives one patch on average, 0 to 1/N."""
-    rows = view.rows
+    rows = view.cls_row
     return torch.exp(rows.log_z_patches[..., 0] - rows.log_z[..., 0]) / view.layout.num_patches
 
 
-@declare("cls_to_registers", "[cls] attention to registers", "share", _share, "cls registers")
+@declare("cls_to_registers", "[cls] attention to registers", "share", _share, "cls registers", asks="cls")
 def cls_to_registers(view: AttentionView) -> PerHead:
     """Σ over registers of A_0j: what [cls] gives all registers together, 0 to 1."""
-    rows = view.rows
+    rows = view.cls_row
     logits = rows.prefix_logits[:, :, 0, view.layout.registers]
     return torch.exp(logits.logsumexp(dim=-1) - rows.log_z[..., 0])
 
@@ -90,23 +105,28 @@ def cls_to_registers(view: AttentionView) -> PerHead:
     "cls distribution",
     figure=4,
     released_name="cls_pos_entropy",
+    asks="cls",
 )
 def cls_entropy(view: AttentionView) -> PerHead:
     """Entropy in nats of the [cls] row over the patches, renormalised there, 0 to log N (the paper's Figure 4)."""
-    return _clamp_entropy(view.rows.entropy[..., 0], view.layout)
+    return _clamp_entropy(_entropies(view.cls_row)[..., 0], view.layout)
 
 
-@declare("cls_entropy_share", "[cls] attention entropy / log N", "share", _share, "cls patches distribution")
+@declare(
+    "cls_entropy_share", "[cls] attention entropy / log N", "share", _share, "cls patches distribution", asks="cls"
+)
 def cls_entropy_share(view: AttentionView) -> PerHead:
     """`cls_entropy` as a share of its maximum log N, 0 to 1: comparable between grids."""
     return cls_entropy(view) / math.log(view.layout.num_patches)
 
 
-@declare("patch_self_attention", "patch self-attention", "share", _share, released_name="pos_self_attention")
+@declare(
+    "patch_self_attention", "patch self-attention", "share", _share, released_name="pos_self_attention", asks="sums"
+)
 def patch_self_attention(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P A_tt: the share of its attention that a patch gives to itself, 0 to 1."""
-    rows, patches = view.rows, view.layout.patches
-    return torch.exp(rows.self_logits[..., patches] - rows.log_z[..., patches]).mean(dim=-1)
+    rows = view.patch_sums
+    return torch.exp(rows.self_logits - rows.log_z).mean(dim=-1)
 
 
 @declare(
@@ -117,26 +137,35 @@ def patch_self_attention(view: AttentionView) -> PerHead:
     "distribution",
     figure=5,
     released_name="pos_self_attention_adj_for_cls",
+    asks="sums",
 )
 def patch_self_attention_ratio(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P A_tt / S_t: a patch's own share of what it gives to patches, 0 to 1 (the paper's Figure 5)."""
-    rows, patches = view.rows, view.layout.patches
-    return torch.exp(rows.self_logits[..., patches] - rows.log_z_patches[..., patches]).mean(dim=-1)
+    rows = view.patch_sums
+    return torch.exp(rows.self_logits - rows.log_z_patches).mean(dim=-1)
 
 
-@declare("patches_to_cls", "patches' attention to [cls]", "share", _share, "cls", released_name="pos_cls_attention")
+@declare(
+    "patches_to_cls",
+    "patches' attention to [cls]",
+    "share",
+    _share,
+    "cls",
+    released_name="pos_cls_attention",
+    asks="sums",
+)
 def patches_to_cls(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P A_t0: the share of its attention that a patch gives to [cls], 0 to 1."""
-    rows, patches = view.rows, view.layout.patches
-    return torch.exp(rows.prefix_logits[:, :, patches, 0] - rows.log_z[..., patches]).mean(dim=-1)
+    rows = view.patch_sums
+    return torch.exp(rows.prefix_logits[..., 0] - rows.log_z).mean(dim=-1)
 
 
-@declare("patches_to_registers", "patches' attention to registers", "share", _share, "registers")
+@declare("patches_to_registers", "patches' attention to registers", "share", _share, "registers", asks="sums")
 def patches_to_registers(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P Σ over registers of A_tj: what a patch gives to all registers together, 0 to 1."""
-    rows, patches = view.rows, view.layout.patches
-    logits = rows.prefix_logits[:, :, patches, view.layout.registers]
-    return torch.exp(logits.logsumexp(dim=-1) - rows.log_z[..., patches]).mean(dim=-1)
+    rows = view.patch_sums
+    logits = rows.prefix_logits[..., view.layout.registers]
+    return torch.exp(logits.logsumexp(dim=-1) - rows.log_z).mean(dim=-1)
 
 
 @declare(
@@ -146,26 +175,36 @@ def patches_to_registers(view: AttentionView) -> PerHead:
     _entropy,
     "distribution",
     released_name="pos_pos_entropy",
+    asks="rows",
 )
 def patch_entropy(view: AttentionView) -> PerHead:
     """Mean over patch rows of their entropy in nats over the patches, itself included, 0 to log N."""
-    return _clamp_entropy(view.rows.entropy[..., view.layout.patches].mean(dim=-1), view.layout)
+    return _clamp_entropy(_entropies(view.patch_rows).mean(dim=-1), view.layout)
 
 
-@declare("patch_entropy_share", "patch attention entropy / log N", "share", _share, "patches distribution")
+@declare("patch_entropy_share", "patch attention entropy / log N", "share", _share, "patches distribution", asks="rows")
 def patch_entropy_share(view: AttentionView) -> PerHead:
     """`patch_entropy` as a share of its maximum log N, 0 to 1."""
     return patch_entropy(view) / math.log(view.layout.num_patches)
 
 
-@declare("attention_distance", "attention distance", "patches", lambda layout: (0.0, layout.diagonal), "distribution")
+@declare(
+    "attention_distance",
+    "attention distance",
+    "patches",
+    lambda layout: (0.0, layout.diagonal),
+    "distribution",
+    asks="rows",
+)
 def attention_distance(view: AttentionView) -> PerHead:
     """Mean over patch rows of the distance on the grid to the patches attended to, in patches, 0 to the diagonal.
 
     The mean attention distance of Dosovitskiy et al. (arXiv 2010.11929, Figure 7), with each row renormalised over
     the patches.
     """
-    return view.rows.distance.mean(dim=-1)
+    distance = view.patch_rows.distance
+    assert distance is not None
+    return distance.mean(dim=-1)
 
 
 @declare(
@@ -174,6 +213,7 @@ def attention_distance(view: AttentionView) -> PerHead:
     "px",
     lambda layout: (0.0, layout.diagonal * math.sqrt(layout.patch_size[0] * layout.patch_size[1])),
     "distribution",
+    asks="rows",
 )
 def attention_distance_px(view: AttentionView) -> PerHead:
     """`attention_distance` times the patch size (its geometric mean where a patch is no square), in pixels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from vitprobe.models.tokens import TokenLayout
 
 Bounds = Callable[[TokenLayout], tuple[float, float]]
 Need = str  # one of NEEDS
+Asks = Literal["tokens", "cls", "sums", "rows"]
 
 NEEDS = {
     "cls": "a [cls] token",
@@ -38,6 +40,8 @@ class Statistic:
         bounds: layout → (lowest, highest) possible value; `inf` where there is none.
         needs: what a model must have for it to be defined: keys of `NEEDS`. What does without "distribution" is linear
             in the attention weights.
+        asks: what it asks of the view, the dearest last: "tokens" (norms of tokens), "cls" (the row of [cls]), "sums"
+            (what each patch row's weights were divided by), "rows" (the whole of each patch row).
         compute: AttentionView → `(B, H)`, or `(B, 1)` where it is one number a block.
         per_head: whether it has one value a head.
         figure: the figure of the paper (arXiv 2412.03215) that it feeds, if any.
@@ -50,6 +54,7 @@ class Statistic:
     bounds: Bounds
     needs: frozenset[Need]
     compute: Callable[[AttentionView], Float[Tensor, "batch head"]]
+    asks: Asks = "tokens"
     per_head: bool = True
     figure: int | None = None
     released_name: str | None = None
@@ -119,13 +124,12 @@ def compute_statistics(
     view: AttentionView, names: Sequence[str] | None = None
 ) -> dict[str, Float[Tensor, "batch head"]]:
     """`{name: (B, H)}` (`(B, 1)` for those with one number a block) of every statistic defined for the view."""
-    available = available_needs(view)
+    available, signed = available_needs(view), view.subtracted is not None
+    defined = [each for each in select(names) if each.undefined(view.layout, available, signed) is None]
     with torch.no_grad():
-        return {
-            statistic.name: _value(statistic, view)
-            for statistic in select(names)
-            if statistic.undefined(view.layout, available, view.subtracted is not None) is None
-        }
+        if any(statistic.asks == "rows" for statistic in defined):
+            _ = view.patch_rows  # one pass serves all
+        return {statistic.name: _value(statistic, view) for statistic in defined}
 
 
 def _value(statistic: Statistic, view: AttentionView) -> Float[Tensor, "batch head"]:

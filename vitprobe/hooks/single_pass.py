@@ -1,0 +1,87 @@
+"""Attention's output and what the statistics ask of its rows, from one pass instead of two."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import has_torch_function
+
+from vitprobe.attention.kernels import attend_with_normaliser
+from vitprobe.attention.logits import ProductLogits
+from vitprobe.attention.precision import exact_float32
+from vitprobe.attention.rows import RowSummary, merge_prefix, summarize_rows
+from vitprobe.hooks.calls import AttentionCall
+from vitprobe.models.tokens import TokenLayout
+from vitprobe.statistics.table import Asks
+
+
+def measure(call: AttentionCall, layout: TokenLayout, asks: Asks) -> str:
+    """Gives a call its output and the sums or rows that its statistics ask for, where one pass serves both.
+
+    Args:
+        call: of `F.scaled_dot_product_attention`; gets `output` and `measured`.
+        layout: the tokens it should be over.
+        asks: the dearest that the statistics ask for.
+
+    Returns:
+        Which kernel ran: "rows" (ours: every weight once, for the output and the statistics), "sums" (torch's fused
+        kernel over the patches, with its logsumexp, the prefix merged), or "model" (the model's own call goes on, and
+        the statistics are computed beside it).
+    """
+    query, key, value = call.query, call.key, call.value
+    if query is None or key is None or value is None or not _eligible(call, query, value, layout):
+        return "model"
+    if asks == "rows" and query.dtype in (torch.float32, torch.float64):
+        _measure_rows(call, query, key, value, layout)
+        return "rows"
+    if asks == "sums" and call.bias is None and _measure_sums(call, query, key, value, layout):
+        return "sums"
+    return "model"
+
+
+def _eligible(call: AttentionCall, query: Tensor, value: Tensor, layout: TokenLayout) -> bool:
+    """Whether the output may be computed here: nothing else wants to see the call, and no gradient."""
+    tokens = layout.num_tokens
+    return (
+        query.ndim == 4
+        and call.shape == (tokens, tokens)
+        and value.shape[:3] == query.shape[:3]
+        and call.dropout == 0
+        and not query.is_meta
+        and not call.needs_gradient
+        and not has_torch_function((query,))  # a capture around this one
+    )
+
+
+def _measure_rows(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> None:
+    batch, heads, tokens, _ = query.shape
+    prefix = layout.num_prefix_tokens
+    logits = ProductLogits(query, key, call.scale, call.bias, prefix)
+    # Laid out as torch's kernel does it, so that joining the heads behind it is no copy.
+    output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
+    if prefix:
+        summarize_rows(logits, layout, slice(0, prefix), entropies=False, value=value, output=output)
+    call.measured = summarize_rows(logits, layout, layout.patches, value=value, output=output)
+    call.output = output
+
+
+def _measure_sums(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> bool:
+    """Whether torch has a kernel that gives the sums along with the output."""
+    prefix, patches = layout.num_prefix_tokens, layout.patches
+    found = attend_with_normaliser(query, key[:, :, prefix:], value[:, :, prefix:], call.scale)
+    if found is None:
+        return False
+    output, log_z_patches = found
+    with exact_float32(query.device):
+        logits = ProductLogits(query, key, call.scale, None, prefix)
+        everything = slice(0, layout.num_tokens)
+        prefix_logits = logits.prefixes(everything)
+        log_z = torch.logaddexp(log_z_patches, prefix_logits.logsumexp(dim=-1))
+        wide = output.to(logits.dtype)
+        merge_prefix(wide, value, log_z_patches, log_z, prefix_logits)
+        call.output = wide.to(query.dtype)
+        of_patches = log_z_patches[:, :, patches]
+        # Two products round differently; no weight exceeds the sum that it is a part of.
+        own = torch.minimum(logits.own(patches), of_patches)
+        call.measured = RowSummary(log_z[:, :, patches], of_patches, own, prefix_logits[:, :, patches])
+    return True
