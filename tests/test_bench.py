@@ -1,0 +1,92 @@
+"""What a capture costs: the ways measured do what they say, and numbers come out, whatever these are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import images, message, tiny_vit
+from vitprobe import bench
+from vitprobe.bench import WAYS, WORDS, Cost, benchmark, line_of
+from vitprobe.errors import UserError
+from vitprobe.hooks.capture import capture
+
+NANO = {"model": "mae_vit_nano", "batch_size": 2, "rounds": 2}
+
+
+def test_each_way_gives_a_cost() -> None:
+    lines: list[str] = []
+    costs = benchmark(**NANO, memory=False, progress=lines.append)
+    ways = [cost.way for cost in costs]
+    assert ways[:3] == ["papers", "every", "eager hooks"] and set(ways[3:]) <= {"output_attentions"}
+    for cost, line in zip(costs, lines, strict=True):
+        assert 0 < cost.lowest <= cost.ratio <= cost.highest
+        assert cost.seconds > 0 and cost.plain_seconds > 0 and cost.memory_ratio is None
+        assert line == line_of(cost) and WORDS[cost.way] in line
+
+
+@pytest.mark.slow
+def test_peak_memory_is_read() -> None:
+    (whole,) = benchmark(**(NANO | {"batch_size": 256}), ways=["eager hooks"])
+    (papers,) = benchmark(**(NANO | {"batch_size": 256}), ways=["papers"])
+    if whole.memory_ratio is None or papers.memory_ratio is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    assert whole.memory_ratio > 1.5 > papers.memory_ratio > 0.5
+
+
+def test_the_usual_way_computes_the_papers_statistics_from_all_blocks() -> None:
+    """A peer that did less than it must would be too cheap."""
+    model, seen = tiny_vit(), []
+    original = torch.special.entr
+
+    def noting(shares: torch.Tensor) -> torch.Tensor:
+        seen.append(original(shares).sum(-1))
+        return original(shares)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.special, "entr", noting)
+        WAYS["eager hooks"](model, images())
+    with torch.no_grad(), capture(model) as attention:
+        model(images())
+    torch.testing.assert_close(torch.stack(seen, dim=1), attention.statistics()["cls_entropy"], atol=1e-4, rtol=1e-4)
+    assert all(part.fused_attn for part in model.modules() if hasattr(part, "fused_attn"))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"ways": ["plain"]}, "there is no way 'plain' to measure; choose from papers, every, eager hooks, output_att"),
+        ({"rounds": 0}, "rounds is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"autocast": "int8"}, "autocast is 'int8'; it must be 'bfloat16' or 'float16', or left out"),
+        ({"model": "mae_vit_bb"}, "unknown model 'mae_vit_bb'"),
+    ],
+)
+def test_bad_input(options: dict, text: str) -> None:
+    with pytest.raises(UserError) as error:
+        benchmark(**(NANO | options))
+    assert message(error).startswith(text)
+
+
+def test_a_line() -> None:
+    cost = Cost("papers", 1.0199, 1.0, 1.05, 1.0, 0.98, 1.004)
+    assert line_of(cost) == (
+        "the paper's three statistics: 1.02× the plain forward pass (1.00 to 1.05), peak memory 1.00×"
+    )
+
+
+def test_a_system_that_tells_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nowhere:
+        def __init__(self, *parts: str) -> None: ...
+
+        def read_text(self) -> str:
+            raise FileNotFoundError
+
+        def write_text(self, text: str) -> int:
+            raise PermissionError
+
+    setting = ("mae_vit_nano", None, 1, "cpu", None, "papers", "papers")
+    assert (bench._peak_in_this_process(*setting) or 1) > 0
+    monkeypatch.setattr(bench, "Path", Nowhere)
+    assert bench._peak_in_this_process(*setting) is None
+    assert bench._status("VmRSS") is None
