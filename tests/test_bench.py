@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from click.testing import CliRunner
 
 from helpers import images, message, tiny_vit
 from vitprobe import bench
 from vitprobe.bench import WAYS, WORDS, Cost, benchmark, line_of
+from vitprobe.cli import main
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import capture
 
@@ -73,6 +78,25 @@ def test_a_line() -> None:
     assert line_of(cost) == (
         "the paper's three statistics: 1.02× the plain forward pass (1.00 to 1.05), peak memory 1.00×"
     )
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_peak_memory", lambda *setting: 100.0)
+    out = tmp_path / "new" / "bench.json"
+    arguments = ["bench", "--model", "mae_vit_nano", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "the paper's three statistics: " in result.output and "peak memory 1.00×" in result.output
+    content = json.loads(out.read_text())
+    assert content["setting"]["model"] == "mae_vit_nano" and content["machine"]["torch"] == torch.__version__
+    assert [cost["way"] for cost in content["costs"]][:2] == ["papers", "every"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu() -> None:
+    result = CliRunner().invoke(main, ["bench", "--device", "cuda"])
+    assert result.exit_code == 2
+    assert result.output == "Error: there is no CUDA GPU here: leave --device out, or choose cpu\n"
 
 
 def test_a_system_that_tells_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,21 +6,25 @@ is the median of the ratios. Peak memory is read in a process of its own for eac
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import platform
 import statistics as numbers
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitprobe.errors import UserError
+from vitprobe.files import write_atomically
 from vitprobe.hooks.capture import capture
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model
@@ -183,6 +187,25 @@ def line_of(cost: Cost) -> str:
     return (
         f"{WORDS[cost.way]}: {cost.ratio:.2f}× the plain forward pass ({cost.lowest:.2f} to {cost.highest:.2f}){memory}"
     )
+
+
+def report(path: Path, costs: Sequence[Cost], setting: dict[str, Any]) -> None:
+    """Writes costs to a JSON file, with what they were measured with and on.
+
+    Raises:
+        UserError: where the file cannot be written.
+    """
+    machine = {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    content = {"setting": setting, "machine": machine, "costs": [asdict(cost) for cost in costs]}
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _suitable(loaded: LoadedModel) -> list[str]:

@@ -288,6 +288,28 @@ def figures(runs: tuple[Path, ...], out: Path, statistics: tuple[str, ...]) -> N
         click.echo(path)
 
 
+@main.command(short_help="Measure what seeing attention costs on this machine.")
+@click.option("--model", type=SomeText(), default="vit_base_patch16_224", show_default=True, help="Any model by name.")
+@click.option("--img-size", type=click.IntRange(min=1), help="Pixels a side; the model's own by default.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images in a batch.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Pairs of timings.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A CUDA GPU where there is one by default.")
+@click.option("--autocast", type=click.Choice(["bfloat16", "float16"]), help="Instead of the weights' own precision.")
+@click.option("--out", type=SomePath(), help="Write the numbers to this JSON file too.")
+def bench(out: Path | None, device: str | None, **options: Any) -> None:
+    """Time captures against the plain forward pass and the usual ways, paired, with random weights."""
+    import torch
+
+    from vitprobe.bench import benchmark, report
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU here: leave --device out, or choose cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    costs = benchmark(device=device, progress=click.echo, **options)
+    if out is not None:
+        report(out, costs, {"device": device, **options})
+
+
 def _names(models: tuple[str, ...], checkpoint: Path | None, arch: str | None) -> list[str]:
     """What to load: the models, else the checkpoint, else the bundled ones."""
     if checkpoint is not None and len(models) > 1:
