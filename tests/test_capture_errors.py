@@ -114,8 +114,9 @@ def test_what_is_no_model() -> None:
         ("cait_xxs24_224", "(Cait) cannot be captured: it mixes the heads of its attention weights after the softmax"),
         ("convit_tiny", "(ConVit) cannot be captured: it blends the softmax of its early blocks with a map of"),
         ("samvit_base_patch16_224", "(VisionTransformerSAM) cannot be captured: its tokens attend within windows"),
-        ("hiera_tiny_224", "(Hiera) cannot be captured: its tokens attend within windows"),
+        ("hiera_tiny_224", "(Hiera) cannot be captured: tokens of its early stages attend within windows"),
         ("levit_128s", "(LevitDistilled) cannot be captured: the number of tokens changes from stage to stage"),
+        ("mobilevit_xxs", "(ByobNet) cannot be captured: its tokens are pixels of feature maps between convolutions"),
         ("mixer_s32_224", "(MlpMixer) cannot be captured: it mixes tokens with a fixed linear map"),
     ],
 )

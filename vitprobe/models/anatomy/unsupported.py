@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 from torch import nn
 
 # Modules of timm all of whose models attend from all tokens to all tokens in every block, with one number of tokens.
@@ -46,7 +47,7 @@ CONVOLUTIONAL = frozenset(
 )
 # Module of timm → what its models have instead.
 REASONS = {
-    "byoanet": "its attention stands in some convolutional stages (halo, bottleneck or lambda layers), with no tokens",
+    "byoanet": "what attention it has (halo, bottleneck or lambda layers) stands in some stages among convolutions",
     "byobnet": f"{_NONE}; of CLIP's ResNets only the final pooling attends",
     "cait": "it mixes the heads of its attention weights after the softmax (talking heads), so that they are no "
     "probabilities, and its [cls] joins only in the last two blocks",
@@ -65,7 +66,7 @@ REASONS = {
     "fastvit": _MIXED,
     "focalnet": "it modulates with context instead of attending (focal modulation), without attention weights",
     "gcvit": _WINDOWS,
-    "hiera": f"{_WINDOWS} in its early stages, with tokens in the order of its windows and pooled between stages",
+    "hiera": "tokens of its early stages attend within windows, lie in the order of these, and are pooled between stages",
     "hieradet_sam2": _WINDOWS,
     "iformer": _MIXED,
     "levit": _STAGES,
@@ -106,7 +107,10 @@ def why_unsupported(module: nn.Module) -> str | None:
         return None
     config: Any = getattr(module, "pretrained_cfg", None) or {}
     name = config.get("architecture") or type(module).__name__
-    return f"{name} ({type(module).__name__}) cannot be captured: {reason_of(homes[0])}; {_INSTEAD}"
+    family = homes[0]
+    if timm.is_model(name):  # some families are built of another's class
+        family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+    return f"{name} ({type(module).__name__}) cannot be captured: {reason_of(family)}; {_INSTEAD}"
 
 
 def reason_of(family: str) -> str:
