@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from vitprobe.profile.stopping import (
     required_precision,
     stopping_line,
 )
-from vitprobe.profile.values import Shard
+from vitprobe.profile.values import Shard, ShardValues
 
 SHARE = (0.0, 1.0)
 BLOCKS = 2
@@ -218,6 +219,23 @@ def test_images_that_are_groups_alone_take_no_memory():
     assert not stopper._moments._groups
     np.testing.assert_allclose(stopper._moments.spread, with_groups._moments.spread)
     assert stopper.n == with_groups.n == 256
+
+
+def test_shards_are_followed_past_unreadable_ones_up_to_the_first_that_is_not_whole(tmp_path):
+    first, second, third = shards_of({"patch_self_attention": shares(192, 0.3)})
+    values, stopper = ShardValues(tmp_path), Stopper(0.001, LAYOUT)
+    values.add(first, (0,))
+    values.add(Shard([], [], {}, skipped=[("bad.png", "no image")]), (1,))
+    values.add(replace(second, whole=False), (2,))
+    values.add(third, (3,))
+    assert not stopper.follow(values)
+    assert (stopper.shards, stopper.n) == (2, 64)
+    values.add(second, (2,))
+    assert not stopper.follow(values)
+    assert (stopper.shards, stopper.n) == (4, 192)
+    values.keep(3)
+    assert list(values.heads) == [(0,), (1,), (2,)] == list(ShardValues(tmp_path).heads)
+    assert values.shard(3) is None
 
 
 def test_the_same_shards_in_the_same_order_decide_the_same():

@@ -24,7 +24,7 @@ from vitprobe.profile.profile import Profile
 
 pytest.importorskip("webdataset")
 TRANSFORM = ImageTransform("model", (8, 8), 1.0, "center", "bicubic", (0.0,) * 3, (1.0,) * 3)
-COUNTS = (130, 64, 7)
+COUNTS, ALL = (130, 64, 7), Share()
 # from Python 3.12 on, forking warns where torch runs threads; the readers do not use what those hold
 FORK = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 # what `datasets` and its own needs say of themselves is none of ours
@@ -75,12 +75,13 @@ def spec(tars: Path) -> str:
     return f"wds:{tars}/set-{{000..002}}.tar"
 
 
-def read(images, share: Share = Share(), **options):
+def read(images, share: Share = ALL, **options):
     assert isinstance(images, StreamImages)
     return list(iterate_stream(images, TRANSFORM, 24, share, **options))
 
 
 @FORK
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3")  # on a machine of two cores
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_every_sample_once_in_order_whoever_decodes(tars, workers):
     batches = read(open_images(spec(tars)), workers=workers)
@@ -246,3 +247,12 @@ def test_what_is_no_data_set(table, tmp_path, kind):
         open_images(f"{kind}:{tmp_path / 'nothing'}")
     with pytest.raises(UserError, match=f"{kind}:.*#test cannot be loaded"):
         open_images(f"{kind}:{table}#test")
+
+
+def test_a_data_set_without_images(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict({"text": ["a"], "label": [1]}).to_parquet(tmp_path / "set" / "train.parquet")
+    with pytest.raises(UserError, match="has no column of images; it has text, label"):
+        open_images(f"hfids:{tmp_path / 'set'}")

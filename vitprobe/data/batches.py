@@ -161,9 +161,9 @@ def iterate_loader(loader: DataLoader | LoaderImages) -> Generator[Batch, None, 
 
 
 def default_workers(n_images: int | None, cores: int | None = None, processes: int = 1) -> int:
-    """How many processes should read ahead: 0 for few images (None: nobody knows how many), else one core less than there are, 1 to 8.
+    """How many processes should read ahead: 0 for few images, else one core less than there are, 1 to 8.
 
-    So many `processes` share the cores.
+    None is more images than anybody has counted. So many `processes` share the cores.
     """
     if n_images is not None and n_images < FEW_IMAGES:
         return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ class HubImages(Images):
 
     def fingerprint(self) -> str:
         """sha256 over names and byte sizes."""
-        from pyarrow.compute import binary_length
+        from pyarrow.compute import call_function
 
-        sizes = binary_length(self._files.field("bytes")).to_pylist()
+        sizes = call_function("binary_length", [self._files.field("bytes")]).to_pylist()
         return digest(f"{name}\0{size}" for name, size in zip(self.names, sizes, strict=True))
 
 
@@ -48,7 +48,7 @@ class HubStreamImages(StreamImages):
         super().__init__(source, dataset.num_shards, groups)
         self.dataset, self.column = dataset, column
 
-    def samples(self, part: int) -> Iterator[Sample]:
+    def samples(self, part: int) -> Generator[Sample, None, None]:
         """The rows of a part."""
         with whole_part(f"part {part} of {self.source}"):
             for row, sample in enumerate(self.dataset.shard(num_shards=self.parts, index=part)):
@@ -75,17 +75,18 @@ def open_hub(spec: str, groups: Groups, streamed: bool) -> Images:
     import datasets
 
     name, _, split = spec.partition("#")
+    split = split or SPLIT
     shown = f"{'hfids' if streamed else 'hfds'}:{printable(spec)}"
     try:
-        builder = datasets.load_dataset_builder(name)
-        column = _image_column(builder.info.features)
-        if not streamed:
-            reader: Any = create_reader(f"hfds/{name}", split=split or SPLIT, input_key=column)
-            return HubImages(shown, reader.dataset, column, groups)
-        # its length is the training's need, not ours
-        reader = create_reader(f"hfids/{name}", split=split or SPLIT, input_key=column, num_samples=1)
-        stream = reader.builder.as_streaming_dataset(split=split or SPLIT)
-        return HubStreamImages(shown, stream.cast_column(column, datasets.Image(decode=False)), column, groups)
+        stream: Any = datasets.load_dataset_builder(name).as_streaming_dataset(split=split)
+        column = _image_column(stream.features, shown)
+        if streamed:
+            # num_samples is a need of training, not ours
+            reader: Any = create_reader(f"hfids/{name}", split=split, input_key=column, num_samples=1)
+            stream = reader.builder.as_streaming_dataset(split=split)
+            return HubStreamImages(shown, stream.cast_column(column, datasets.Image(decode=False)), column, groups)
+        reader = create_reader(f"hfds/{name}", split=split, input_key=column)
+        return HubImages(shown, reader.dataset, column, groups)
     except UserError:
         raise
     except Exception as error:  # whatever the hub, a disk, or a table has to say
@@ -93,11 +94,16 @@ def open_hub(spec: str, groups: Groups, streamed: bool) -> Images:
         raise UserError(f"{shown} cannot be loaded ({reason}); give NAME#SPLIT of a data set of images") from None
 
 
-def _image_column(features: Any) -> str:
+def _image_column(features: Any, shown: str) -> str:
     """The first column of images; timm's default where the set does not say."""
     import datasets
 
-    return next((key for key, kind in (features or {}).items() if isinstance(kind, datasets.Image)), "image")
+    if features is None:
+        return "image"
+    column = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
+    if column is None:
+        raise UserError(f"{shown} has no column of images; it has {', '.join(features)}")
+    return column
 
 
 def _content(image: Any, name: str) -> bytes:

@@ -258,12 +258,13 @@ def _parts(item: Path | Image.Image | Tensor) -> Iterator[str | bytes]:
 
 
 def digest(parts: Iterable[str | bytes]) -> str:
-    digest = hashlib.sha256()
+    """sha256 over the parts and where each ends."""
+    result = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
-        digest.update(len(content).to_bytes(8, "big"))  # so that "a", "bc" differs from "ab", "c"
-        digest.update(content)
-    return digest.hexdigest()
+        result.update(len(content).to_bytes(8, "big"))  # so that "a", "bc" differs from "ab", "c"
+        result.update(content)
+    return result.hexdigest()
 
 
 def printable(name: str) -> str:

@@ -41,13 +41,12 @@ class Share:
         return missing[self.rank :: self.size]
 
     def parts(self, n_parts: int) -> list[int]:
-        """The parts of a stream to read: one's own, or, where there are fewer than processes, all."""
-        missing = [part for part in range(n_parts) if part not in self.ended]
-        return missing[self.rank :: self.size] if n_parts >= self.size else missing
+        """The parts of a stream that fall to this process alone."""
+        return [part for part in range(n_parts) if part not in self.ended][self.rank :: self.size]
 
-    def wants(self, key: Key, n_parts: int) -> bool:
-        """Whether a shard of one of `parts` is to be done."""
-        return key not in self.done and (n_parts >= self.size or key[1] % self.size == self.rank)
+    def has_turn(self, key: Key) -> bool:
+        """Whether a shard of a stream that every process reads whole falls to this one."""
+        return sum(key) % self.size == self.rank
 
 
 def iterate_shards(

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vitprobe.data.batches import Batch, Item, collate, cut, same_size, survive
+from vitprobe.data.batches import Batch, Item, Key, collate, cut, same_size, survive
 from vitprobe.data.decoding import BadImageError, decode
 from vitprobe.data.images import Groups, Images
 from vitprobe.data.shards import SHARD_IMAGES, Share
@@ -72,7 +72,7 @@ class StreamImages(Images):
         raise UserError(f"a stream is read from its beginning, so image {index} cannot be read alone")
 
     @abstractmethod
-    def samples(self, part: int) -> Iterator[Sample]:
+    def samples(self, part: int) -> Generator[Sample, None, None]:
         """The images of a part, from its beginning.
 
         Raises:
@@ -144,20 +144,25 @@ class _Batches(IterableDataset):
     def _plan(self) -> Iterator[tuple[list[Sample], dict[str, Any]]]:
         """The samples of each batch of the share, and the batch's place."""
         images, share, left = self.images, self.share, self.num_images
-        for part in share.parts(images.parts) if left is None else range(images.parts):
-            samples = images.samples(part)
-            shard, piece = list(islice(samples, _least(SHARD_IMAGES, left))), 0
-            while shard:
-                left = None if left is None else left - len(shard)
-                following = list(islice(samples, _least(SHARD_IMAGES, left)))
-                if share.wants((part, piece), images.parts):
-                    for positions in cut(range(len(shard)), self.batch_size):
-                        last = positions[-1] + 1 == len(shard)
-                        place = {"shard": (part, piece), "last": last, "ends": last and not following}
-                        yield shard[positions[0] : positions[-1] + 1], place
-                shard, piece = following, piece + 1
+        # Without knowing what is in the parts before, nobody can tell which are the first images of all.
+        apart = left is None and images.parts >= share.size
+        for part in share.parts(images.parts) if apart else range(images.parts):
+            with closing(images.samples(part)) as samples:
+                shard, piece = list(islice(samples, _least(SHARD_IMAGES, left))), 0
+                while shard:
+                    left = None if left is None else left - len(shard)
+                    following = list(islice(samples, _least(SHARD_IMAGES, left)))
+                    key = (part, piece)
+                    if key not in share.done and (apart or share.has_turn(key)):
+                        yield from self._cut(shard, key, ends=not following)
+                    shard, piece = following, piece + 1
             if left == 0:
                 return
+
+    def _cut(self, shard: list[Sample], key: Key, ends: bool) -> Iterator[tuple[list[Sample], dict[str, Any]]]:
+        for positions in cut(range(len(shard)), self.batch_size):
+            last = positions[-1] + 1 == len(shard)
+            yield shard[positions[0] : positions[-1] + 1], {"shard": key, "last": last, "ends": last and ends}
 
     def _item(self, sample: Sample) -> Item:
         try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,13 +23,15 @@ class WebDatasetImages(StreamImages):
         super().__init__(source, len(urls), groups)
         self.urls = urls
 
-    def samples(self, part: int) -> Iterator[Sample]:
+    def samples(self, part: int) -> Generator[Sample, None, None]:
         """The samples of a tar."""
-        from webdataset.tariterators import tarfile_samples
+        from webdataset.gopen import gopen
+        from webdataset.tariterators import group_by_keys, tar_file_expander
 
         url = self.urls[part]
-        with whole_part(url):
-            for sample in tarfile_samples([{"url": url}]):
+        _require_end(url)
+        with whole_part(url), closing(gopen(url)) as stream:
+            for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
                 content = next((sample[kind[1:]] for kind in EXTENSIONS if kind[1:] in sample), None)
                 yield Sample(printable(f"{_name(url)}/{sample['__key__']}"), content, "its sample holds no image")
 
@@ -38,7 +41,7 @@ class WebDatasetImages(StreamImages):
 
 
 def open_webdataset(spec: str, groups: Groups = None) -> WebDatasetImages:
-    """The tars that `spec` names: "DIR/{0000..0063}.tar" (or URLs), a folder of tars, or "DIR#SPLIT" of timm's _info.json.
+    """The tars that `spec` names: "DIR/{0000..0063}.tar" (or URLs), a folder of tars, or "DIR#SPLIT" of its _info.json.
 
     Raises:
         UserError: for none, for one that is not there, or without the package webdataset.
@@ -65,6 +68,19 @@ def open_webdataset(spec: str, groups: Groups = None) -> WebDatasetImages:
             f"{shown}: {printable(absent[0])} does not exist; give DIR/{{0000..0063}}.tar, or a folder of tars"
         )
     return WebDatasetImages(shown, urls, groups)
+
+
+def _require_end(url: str) -> None:
+    """A tar ends with blocks of zeros; of one cut off between two files nothing else would tell.
+
+    Raises:
+        UserError: for one on a disk that does not.
+    """
+    if PurePosixPath(url).suffix == ".tar" and Path(url).is_file():
+        with whole_part(url), Path(url).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 512))
+            if any(file.read()):
+                raise UserError(f"{url} cannot be read to its end (it is cut off); mend it, and --resume goes on")
 
 
 def _name(url: str) -> str:

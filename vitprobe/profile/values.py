@@ -20,6 +20,7 @@ from vitprobe.files import disk_errors, write_atomically
 
 SHARD_FOLDER = "statistics"
 SHARDS = "shard-*.safetensors"
+METADATA = "vitprobe"
 
 Arrays = Mapping[str, Float32[np.ndarray, "image block head"]]
 
@@ -202,16 +203,10 @@ class ShardValues:
         if key is None:
             key = (max(self._heads, default=(-1,))[0] + 1,)
         last = not self._heads or key > next(reversed(self._heads))
-        metadata = {
-            "names": json.dumps(piece.names),
-            "groups": json.dumps(piece.groups),
-            "statistics": json.dumps(list(piece.arrays)),
-            "skipped": json.dumps(piece.skipped),
-            "whole": json.dumps(piece.whole),
-            "ends": json.dumps(piece.ends),
-        }
+        said = {**vars(piece), "arrays": list(piece.arrays)}
         arrays = {name: np.ascontiguousarray(array) for name, array in piece.arrays.items()}
-        write_atomically(self._path(key), save(arrays, metadata=metadata))
+        # Under one key: safetensors writes several in any order, and equal shards should be equal files.
+        write_atomically(self._path(key), save(arrays, metadata={METADATA: json.dumps(said)}))
         self._hold(key, (replace(piece, arrays={}), list(piece.arrays)))
         if not last:
             self._heads = dict(sorted(self._heads.items()))
@@ -227,10 +222,9 @@ def _key(path: Path) -> Key:
 def _head(metadata: dict[str, str], path: Path) -> tuple[Shard, list[str]]:
     """A shard without its arrays, and their names."""
     try:
-        said = {key: json.loads(value) for key, value in metadata.items()}
-        skipped = [(name, reason) for name, reason in said.get("skipped", [])]
-        whole, ends = said.get("whole", True), said.get("ends", False)
-        return Shard(said["names"], said["groups"], {}, skipped, whole, ends), said["statistics"]
+        said = json.loads(metadata[METADATA])
+        said["skipped"] = [(name, reason) for name, reason in said["skipped"]]
+        return Shard(**{**said, "arrays": {}}), said["arrays"]
     except (KeyError, ValueError, TypeError):
         raise UserError(f"{path} is no shard of vitprobe; analyze again with --overwrite") from None
 

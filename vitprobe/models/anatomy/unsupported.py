@@ -66,7 +66,7 @@ REASONS = {
     "fastvit": _MIXED,
     "focalnet": "it modulates with context instead of attending (focal modulation), without attention weights",
     "gcvit": _WINDOWS,
-    "hiera": "tokens of its early stages attend within windows, lie in the order of these, and are pooled between stages",
+    "hiera": "tokens of its early stages attend within windows, lie in their order, and are pooled between stages",
     "hieradet_sam2": _WINDOWS,
     "iformer": _MIXED,
     "levit": _STAGES,
