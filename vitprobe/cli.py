@@ -149,6 +149,13 @@ def main() -> None:
     help="Of the forward pass; auto: bfloat16 where its measured error allows.  [the weights' own]",
 )
 @click.option(
+    "--kernel",
+    type=click.Choice(["auto", "model"]),
+    default="auto",
+    show_default=True,
+    help="What gives attention's output: the fastest, or the model's own kernel with the statistics beside it.",
+)
+@click.option(
     "--dtype-bound",
     type=float,
     default=0.01,

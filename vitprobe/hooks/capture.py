@@ -76,10 +76,19 @@ def capture(
         known = find_anatomy(module, layout, blocks)
     elif layout is not None or blocks is not None:
         raise UserError("layout and blocks are for a bare module: give them to load_model(module, …) instead")
-    if kernel not in ("auto", "model"):
-        raise UserError(f"kernel={kernel!r} is not known; choose 'auto' (the fastest) or 'model' (the model's own)")
+    check_kernel(kernel)
     select(statistics)
     return Capture(known, keep, statistics, accumulate, kernel)
+
+
+def check_kernel(kernel: str) -> None:
+    """Returns where a kernel is known.
+
+    Raises:
+        UserError: where it is not.
+    """
+    if kernel not in ("auto", "model"):
+        raise UserError(f"kernel={kernel!r} is not known; choose 'auto' (the fastest) or 'model' (the model's own)")
 
 
 class Capture:

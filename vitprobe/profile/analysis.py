@@ -17,7 +17,7 @@ from vitprobe.data.batches import Batch
 from vitprobe.data.images import printable
 from vitprobe.data.shards import Share
 from vitprobe.errors import UserError
-from vitprobe.hooks.capture import capture
+from vitprobe.hooks.capture import capture, check_kernel
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.profile.distributed import World, joined
 from vitprobe.profile.dtype import DTYPE_BOUND, ForwardDtype, check_dtype, choose_dtype
@@ -46,6 +46,7 @@ def analyze(
     tolerance: float | None = None,
     dtype: str | None = None,
     dtype_bound: float = DTYPE_BOUND,
+    kernel: str = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
     device: str | torch.device | None = None,
@@ -80,6 +81,7 @@ def analyze(
             that is measured to change no statistic of the first images by more than `dtype_bound`); the weights' own
             precision without. Statistics are computed in float32 in any case.
         dtype_bound: the error that "auto" allows, of |a − b| / max(0.01, |b|).
+        kernel: "auto" or "model", as for `capture`: which kernel gives attention's output; the manifest says what ran.
         batch_size: images a batch, at most a shard's 64; sized to the free memory without, and halved where that runs
             out.
         workers: processes that read images; chosen for the machine without.
@@ -101,6 +103,7 @@ def analyze(
     """
     check_tolerance(tolerance)
     check_dtype(dtype, dtype_bound)
+    check_kernel(kernel)
     arguments = {
         "model": _shown(model),
         "checkpoint": None if checkpoint is None else _shown(checkpoint),
@@ -114,6 +117,7 @@ def analyze(
         "tolerance": tolerance if tolerance is None else float(tolerance),
         "dtype": dtype,
         "dtype_bound": float(dtype_bound),
+        "kernel": kernel,
         "batch_size": batch_size,
         "workers": workers,
         "device": None if device is None else str(device),
@@ -177,7 +181,9 @@ def _go(work: Work, run: Run, share: Share, progress: bool | None) -> Profile:
             prepared(module, work.device),
             closing(batches),
             bar,
-            capture(work.model, keep="statistics", statistics=statistics) as attention,
+            capture(
+                work.model, keep="statistics", statistics=statistics, kernel=manifest["arguments"]["kernel"]
+            ) as attention,
             torch.inference_mode(),
         ):
             measure = Measurement(work.model, attention, work.device, manifest["batch_size"], manifest["out_of_memory"])

@@ -221,4 +221,5 @@ def _facts(attention: Capture | None) -> dict[str, Any] | None:
         "layout": json.loads(json.dumps(asdict(attention.layout))) if attention.layout else None,
         "undefined": attention.undefined,
         "signed": attention.signed,
+        "kernels": sorted(attention.kernels),
     }
