@@ -127,7 +127,8 @@ def _difference_weight(block: nn.Module) -> Tensor | None:
         compute: Any = getattr(module, "_compute_lambda", None)
         if compute is not None:
             with torch.no_grad():
-                return compute().float()
+                weight = compute()
+                return weight.to(torch.promote_types(weight.dtype, torch.float32))
     return None
 
 

@@ -92,7 +92,7 @@ REASONS = {
     "swin_transformer_v2_cr": _WINDOWS,
     "tiny_vit": _WINDOWS,
     "tnt": "it attends twice in a block, among the pixels of each patch and among the patches",
-    "twins": f"{_WINDOWS} or to a coarser grid of keys",
+    "twins": "its tokens attend within windows, or to a coarser grid of keys, so no block has a map of the whole image",
     "visformer": _STAGES,
     "vision_transformer_sam": _WINDOWS,
     "volo": "its early stages attend within neighbourhoods of tokens (outlook attention), and its [cls] joins last",
