@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -133,6 +134,11 @@ def state_of(model: nn.Module) -> list[Any]:
         for name, module in model.named_modules()
     ]
     return [*modules, _len_torch_function_stack()]
+
+
+def hear_ctrl_c() -> None:
+    """For `preexec_fn` of a process that is to be sent SIGINT: what runs in the background of a shell ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def message(error: pytest.ExceptionInfo[UserError]) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers import hear_ctrl_c
 from vitprobe.errors import UserError
 from vitprobe.profile.analysis import analyze
 from vitprobe.profile.measuring import Measurement
@@ -387,7 +388,8 @@ def test_a_real_process_stopped_midway_leaves_readable_shards(tmp_path, sent):
     run = tmp_path / "run"
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(SLOW_RUN))
-    process = subprocess.Popen([sys.executable, str(script), str(run)], stderr=subprocess.PIPE, env=os.environ)
+    command = [sys.executable, str(script), str(run)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ, preexec_fn=hear_ctrl_c)
     deadline = time.monotonic() + 100
     while len(list(run.glob("statistics/shard-*"))) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)

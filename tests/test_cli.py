@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 import vitprobe
+from helpers import hear_ctrl_c
 from vitprobe.cli import main
 from vitprobe.profile.profile import Profile
 
@@ -426,7 +427,9 @@ def test_ctrl_c_exits_with_130_and_finished_shards_stay(tmp_path):
         Image.fromarray(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(images / f"{i}.png")
     command = [VITPROBE, "analyze", "--model", "mae_vit_nano", "--data", str(images), "--out", "run",
                "--batch-size", "1", "--workers", "0"]  # fmt: skip
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c
+    )
     deadline = time.monotonic() + 100
     while not list(Path("run").glob("statistics/shard-*")) and time.monotonic() < deadline and running.poll() is None:
         time.sleep(0.01)
