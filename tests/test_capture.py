@@ -354,3 +354,6 @@ def test_a_compiled_model_is_seen() -> None:
                 compiled(images())
             assert attention.module is model
             assert_all_close(attention.statistics(), captured(model).statistics(), tolerance=1e-6)
+            with capture(given, keep="statistics") as numbers:
+                compiled(images())
+            assert_all_close(numbers.statistics(), attention.statistics(), tolerance=1e-5)

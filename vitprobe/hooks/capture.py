@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -135,7 +136,7 @@ class Capture:
         self._in_forward = False  # inside a call of the model itself; forward_features alone is no such call
         self._seen: set[int] | None = None  # blocks that ran since the images came; None: no images, no pass
         self._cleanup: ExitStack | None = None
-        self._watcher = AttentionWatcher(self._attention_called)
+        self._watcher = AttentionWatcher(_untraced(self._attention_called))
 
     # The context ------------------------------------------------------------------------------------------------------
 
@@ -151,7 +152,9 @@ class Capture:
                 self.anatomy.images_enter.register_forward_pre_hook(self._images_came, with_kwargs=True),
             ]
             for index, block in enumerate(self._blocks):
-                handles += hook_block(block, index, self._in_pass, self._block_started, self._block_finished)
+                handles += hook_block(
+                    block, index, self._in_pass, _untraced(self._block_started), _untraced(self._block_finished)
+                )
             for handle in handles:
                 stack.callback(handle.remove)
             for module in self._blocks:
@@ -333,6 +336,11 @@ class Capture:
                 f"no forward pass of {self._model_name} has run inside this capture; call the model inside the with"
             )
         return [one for of_pass in of_block[: self._complete] for one in of_pass]
+
+
+def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that torch.compile, where it is in use, leaves out of a model's graph and runs as it is."""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
 
 
 def _in_backward() -> bool:
