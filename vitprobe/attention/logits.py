@@ -70,16 +70,6 @@ class ProductLogits:
         everything = Part(slice(None), slice(None), rows)
         return logits if self._bias is None else logits + self._bias_of(everything)[..., : self.prefix]
 
-    def own(self, rows: slice) -> Tensor:
-        """Logits of some rows over their own key, `(B, H, rows)`."""
-        query, key = self._wide
-        logits = self._scale * torch.linalg.vecdot(query[:, :, rows], key[:, :, rows])
-        if self._bias is not None:
-            square = self._bias[..., rows, rows] if self._bias.shape[-2] > 1 else self._bias[..., rows]
-            diagonal = square.expand(*square.shape[:-2], logits.shape[-1], -1).diagonal(dim1=-2, dim2=-1)
-            logits = logits + diagonal.to(self.dtype)
-        return logits
-
     def whole(self) -> Tensor:
         """All of them, `(B, H, T, T)`."""
         query, key = self._wide

@@ -77,11 +77,12 @@ def _measure_sums(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor
         everything = slice(0, layout.num_tokens)
         prefix_logits = logits.prefixes(everything)
         log_z = torch.logaddexp(log_z_patches, prefix_logits.logsumexp(dim=-1))
-        wide = output.to(logits.dtype)
-        merge_prefix(wide, value, log_z_patches, log_z, prefix_logits)
-        call.output = wide.to(query.dtype)
+        merged = output.to(logits.dtype)
+        merge_prefix(merged, value, log_z_patches, log_z, prefix_logits)
+        call.output = merged.to(query.dtype)
         of_patches = log_z_patches[:, :, patches]
         # Two products round differently; no weight exceeds the sum that it is a part of.
-        own = torch.minimum(logits.own(patches), of_patches)
+        wide = (tensor[:, :, patches].to(logits.dtype) for tensor in (query, key))
+        own = torch.minimum(call.scale * torch.linalg.vecdot(*wide), of_patches)
         call.measured = RowSummary(log_z[:, :, patches], of_patches, own, prefix_logits[:, :, patches])
     return True
