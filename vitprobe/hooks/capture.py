@@ -6,7 +6,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from vitprobe.statistics.table import Asks, available_needs
 
 Keep = Literal["qk", "statistics"]
 Kernel = Literal["auto", "model"]
-_DEAREST: tuple[Asks, ...] = ("tokens", "cls", "sums", "rows")  # the last costs most
 
 
 def capture(
@@ -127,7 +126,8 @@ class Capture:
         self._kernel = kernel
         self.kernels: set[str] = set()
         asked = {statistic.asks for statistic in select(self._names)}
-        self._asks: Asks = next(asks for asks in reversed(_DEAREST) if asks in asked)
+        # The dearest, which comes last.
+        self._asks: Asks = next(asks for asks in reversed(get_args(Asks)) if asks in asked)
         self._blocks = anatomy.blocks
         self._batch = 0  # images in the last forward pass
         # Of each block, for each forward pass: its views, or the values of its views.

@@ -32,6 +32,11 @@ class TokenLayout:
         return f"{self.num_prefix_tokens} prefix + {self.grid[0]}x{self.grid[1]} patches"
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the image that the patches tile, in pixels."""
+        return self.grid[0] * self.patch_size[0], self.grid[1] * self.patch_size[1]
+
+    @property
     def num_prefix_tokens(self) -> int:
         """[cls], distillation and register tokens together."""
         return int(self.has_cls) + self.num_distillation + self.num_registers

@@ -61,7 +61,7 @@ def image_tower(module: nn.Module) -> nn.Module:
 
 def _with_layout(anatomy: Anatomy, layout: TokenLayout) -> Anatomy:
     """An anatomy with the user's word on which token is what."""
-    size = (layout.grid[0] * layout.patch_size[0], layout.grid[1] * layout.patch_size[1])
+    size = layout.image_size
     found = anatomy.layout(size)
     if found.num_tokens != layout.num_tokens:
         raise UserError(

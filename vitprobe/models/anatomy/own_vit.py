@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def recognise(
     convolution = _patch_convolution(module)
     of_size: Callable[[Size], TokenLayout]
     if layout is not None:
-        of_size, size = _scaled(layout), (layout.grid[0] * layout.patch_size[0], layout.grid[1] * layout.patch_size[1])
+        of_size, size = _scaled(layout), layout.image_size
     elif convolution is not None:
         cls, distillation, registers = (_count(module, names) for names in (_CLS, _DISTILLATION, _REGISTERS))
         own: Any = getattr(module, "patch_size", None)
@@ -95,8 +96,7 @@ def _scaled(layout: TokenLayout) -> Callable[[Size], TokenLayout]:
     """Image size → `layout` with as many whole patches as fit."""
 
     def of_size(size: Size) -> TokenLayout:
-        grid = (size[0] // layout.patch_size[0], size[1] // layout.patch_size[1])
-        return TokenLayout(grid, layout.has_cls, layout.num_distillation, layout.num_registers, layout.patch_size)
+        return replace(layout, grid=(size[0] // layout.patch_size[0], size[1] // layout.patch_size[1]))
 
     return of_size
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,9 +99,5 @@ def _padded_grids(given: dict[str, Any], name: str, prefix: TokenLayout) -> list
                 f"image {image} of the batch that {name} got has {count} patches that do not fill a grid row by row "
                 f"(dropped patches, or padding between them); capture needs whole grids, padded at the end"
             )
-        layouts.append(
-            TokenLayout(
-                (rows, columns), prefix.has_cls, prefix.num_distillation, prefix.num_registers, prefix.patch_size
-            )
-        )
+        layouts.append(replace(prefix, grid=(rows, columns)))
     return layouts
