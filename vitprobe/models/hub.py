@@ -189,6 +189,8 @@ def fetch_from_address(address: str, name: str, *, filename: str = "", digest: s
             unchecked.replace(path)
             return path
     except Exception as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it holds the answer, and with it the socket
         raise _download_failed(address, error) from error
     finally:
         unchecked.unlink(missing_ok=True)
