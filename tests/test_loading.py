@@ -108,6 +108,27 @@ def test_bundled_with_random_weights(size, monkeypatch, tmp_path):
     assert not first.module.training
 
 
+def test_the_random_model_is_always_the_same(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "BUNDLED_FOLDER", tmp_path)  # needs no file
+    torch.manual_seed(5)
+    first = load_model("random_vit_nano")
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3)), "the global seed is the caller's"
+    assert weights_sha256(first.module) == weights_sha256(load_model("random_vit_nano").module)
+    assert (first.spec.name, first.spec.paradigm, first.spec.source) == ("random_vit_nano", "random", "seed:0")
+    assert not first.module.training
+    torch.manual_seed(0)
+    unnamed = load_model("mae_vit_nano", pretrained=False)
+    assert weights_sha256(first.module) == weights_sha256(unnamed.module)
+    torch.manual_seed(5)
+    other = load_model("random_vit_nano", pretrained=False)
+    assert weights_sha256(other.module) != weights_sha256(first.module)
+    assert (other.spec.name, other.spec.source) == ("random_vit_nano-random", "random")
+    assert load_model("random_vit_nano", img_size=48).layout.grid == (12, 12)
+    require_loadable("random_vit_nano")
+
+
 def test_bundled_architecture_has_no_weights_of_its_own():
     assert refusal("vit_nano_patch4_32") == (
         "vit_nano_patch4_32 is an architecture without weights: use it as --arch for a checkpoint file"

@@ -18,7 +18,7 @@ from official_reference import beit, capi, data2vec2, franca, mae_ft, vit
 from vitprobe.hooks.capture import capture
 from vitprobe.models.building import outline
 from vitprobe.models.checkpoints import load_into
-from vitprobe.models.entries import ADDRESSES, NORMALISATIONS
+from vitprobe.models.entries import ADDRESSES, BUNDLED_CLASSES, NORMALISATIONS
 from vitprobe.models.hub import address_path
 from vitprobe.models.loading import load_model, require_loadable
 from vitprobe.models.official.architectures import create_official
@@ -34,7 +34,7 @@ SYNTHESISED = {
     *("data2vec_vit_b", "data2vec_vit_l", "data2vec2_vit_b", "data2vec2_vit_l", "simmim_vit_b"),
     *("maskfeat_vit_b", "maskfeat_vit_l", "capi_vit_l", "franca_vit_b", "franca_vit_l"),
 }
-BUNDLED = {"mae_vit_nano", "supervised_vit_nano"}
+BUNDLED = set(BUNDLED_CLASSES)
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "img_size": 32}
 
 Reference = Callable[[dict[str, Tensor], Tensor, int, int], Tensor]

@@ -55,11 +55,13 @@ def test_entry_agrees_with_timm(spec):
 
 
 def test_entries_are_well_formed():
-    assert {spec.name for spec in BUNDLED} == set(BUNDLED_CLASSES) == {"mae_vit_nano", "supervised_vit_nano"}
+    seeded = {spec.name for spec in all_specs() if spec.source.startswith("seed:")}
+    assert seeded == {spec.name for spec in all_specs() if spec.paradigm == "random"} == {"random_vit_nano"}
+    assert {spec.name for spec in BUNDLED} | seeded == set(BUNDLED_CLASSES)
     assert len({spec.name for spec in all_specs()}) == len({spec.source for spec in all_specs()}) == len(all_specs())
     assert set(ADDRESSES) <= {spec.source for spec in all_specs()}
     for spec in all_specs():
-        assert spec.paradigm in set(PARADIGMS) - {"random", "unknown"}
+        assert spec.paradigm in set(PARADIGMS) - {"unknown"}
         assert "_vit_" in spec.name
         assert "arXiv" in spec.citation
         assert not timm.is_model(spec.name), "an alias must not hide a model of timm's"
@@ -113,7 +115,7 @@ def test_list_models():
     assert tuple(table.columns) == COLUMNS
     assert list(table["name"]) == [spec.name for spec in all_specs()]
     assert set(table["status"]) == {"bundled", "by hand", "no source", ""}
-    assert list(table["name"][table["status"] == "bundled"]) == ["mae_vit_nano", "supervised_vit_nano"]
+    assert list(table["name"][table["status"] == "bundled"]) == list(BUNDLED_CLASSES)
 
 
 def test_list_models_filters_by_words_in_any_field():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from zoo.cifar import load_tar
 from zoo.cifar import normalize as normalize_pixels
-from zoo.objectives import OBJECTIVES
+from zoo.objectives import build_objective
 from zoo.recipe import load_recipe
 
 BATCH = 500
@@ -33,13 +33,15 @@ TRAIN_IMAGES = 10_000  # the first of a seeded permutation: enough to compare fe
 
 @torch.inference_mode()
 def features(vit: VisionTransformer, images: Tensor) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """{"cls": …, "average": …} of the normed tokens of the last block, and the head's outputs."""
-    pooled: dict[str, list[Tensor]] = {"cls": [], "average": []}
+    """{"cls": … where there is one, "average": …} of the normed tokens of the last block, and the head's outputs."""
+    prefix = vit.num_prefix_tokens
+    pooled: dict[str, list[Tensor]] = {"cls": [], "average": []} if prefix else {"average": []}
     outputs = []
     for batch in images.split(BATCH):
         tokens = vit.forward_features(normalize_pixels(batch))
-        pooled["cls"].append(tokens[:, 0])
-        pooled["average"].append(tokens[:, 1:].mean(dim=1))
+        if prefix:
+            pooled["cls"].append(tokens[:, 0])
+        pooled["average"].append(tokens[:, prefix:].mean(dim=1))
         outputs.append(vit.forward_head(tokens))
     return {name: torch.cat(parts).numpy() for name, parts in pooled.items()}, torch.cat(outputs).numpy()
 
@@ -71,10 +73,11 @@ def main() -> None:
     parser.add_argument("--test", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"))
     parser.add_argument("--random", action="store_true", help="evaluate random weights instead: the baseline")
+    parser.add_argument("--seed", type=int, help="of the run, where it is not the recipe's")
     args = parser.parse_args()
-    recipe = load_recipe(args.recipe)
+    recipe = load_recipe(args.recipe, args.seed)
     torch.manual_seed(recipe.seed)
-    objective = OBJECTIVES[recipe.method](recipe)
+    objective = build_objective(recipe)
     if not args.random:
         state = torch.load(args.out / recipe.name / "checkpoint.pt", map_location="cpu", weights_only=True)
         objective.load_state_dict(state["objective"])

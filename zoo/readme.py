@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 
 import vitprobe as vp
@@ -18,9 +17,7 @@ OUT = Path(__file__).parent.parent / "figures" / "bundled"
 
 def main() -> None:
     """Draw it."""
-    torch.manual_seed(0)
-    random = vp.load_model("mae_vit_nano", pretrained=False)
-    profiles = [vp.analyze(model) for model in ("mae_vit_nano", "supervised_vit_nano", random)]
+    profiles = [vp.analyze(model) for model in ("mae_vit_nano", "supervised_vit_nano", "random_vit_nano")]
     with style():
         figure = Figure(figsize=(10.2, 3.9), layout="constrained")
         left, middle, right = figure.subplots(1, 3)

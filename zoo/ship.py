@@ -18,21 +18,20 @@ import torch
 from safetensors.torch import save_file
 
 from vitprobe.models.entries import NORMALISATIONS
-from zoo.objectives import OBJECTIVES
-from zoo.recipe import load_recipe
+from zoo.objectives import build_objective
+from zoo.recipe import Recipe, load_recipe
 
 BUNDLED = Path(__file__).parent.parent / "vitprobe" / "models" / "bundled"
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
-def ship(name: str, out: Path, bundled: Path = BUNDLED) -> None:
-    """Write the weights and the card of the recipe `name`, trained under `out`."""
-    recipe = load_recipe(name)
-    folder = out / name
+def ship(recipe: Recipe, out: Path, bundled: Path = BUNDLED) -> None:
+    """Write the weights and the card of a recipe that was trained under `out`."""
+    name, folder = recipe.name, out / recipe.name
     state = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
     if state["epoch"] != recipe.epochs:
         raise SystemExit(f"{folder} has run {state['epoch']} of {recipe.epochs} epochs; train it to its end first")
-    objective = OBJECTIVES[recipe.method](recipe)
+    objective = build_objective(recipe)
     objective.load_state_dict(state["objective"])
     weights = {key: value.half().contiguous() for key, value in objective.vit.state_dict().items()}
     with (folder / "log.csv").open() as file:
@@ -67,8 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--out", type=Path, default=Path("runs/zoo"))
+    parser.add_argument("--seed", type=int, help="of the run, where it is not the recipe's")
     args = parser.parse_args()
-    ship(args.recipe, args.out)
+    ship(load_recipe(args.recipe, args.seed), args.out)
 
 
 if __name__ == "__main__":

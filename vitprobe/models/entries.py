@@ -35,7 +35,8 @@ class ModelSpec:
         paradigm: a key of `PARADIGMS`.
         architecture: timm's name without tag, with words on what differs from it, or a bundled architecture.
         source: where the weights come from: "timm:<architecture>.<tag>", "bundled:<name>", "official:<name>",
-            "hf-hub:<repository>", "file:<name>", "module" or "random".
+            "hf-hub:<repository>", "file:<name>", "module", "random", or "seed:<n>" for random weights that are always
+            the same.
         normalisation: a key of `NORMALISATIONS`, or "other".
         licence: of the weights ("" where not known).
         citation: the paper ("" where not known).
@@ -54,11 +55,13 @@ class ModelSpec:
 
 
 # Arguments of timm's VisionTransformer for architectures that are ours, not timm's.
+_NANO = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 12, "num_heads": 4}
 BUNDLED_ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "vit_nano_patch4_32": {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 12, "num_heads": 4},
+    "vit_nano_patch4_32": _NANO,
+    "vit_nano_gap_patch4_32": _NANO | {"class_token": False, "global_pool": "avg", "fc_norm": False},
 }
 # Classes of the head that a bundled model keeps.
-BUNDLED_CLASSES = {"mae_vit_nano": 0, "supervised_vit_nano": 10}
+BUNDLED_CLASSES = {"mae_vit_nano": 0, "supervised_vit_nano": 10, "random_vit_nano": 0}
 
 # Weights that timm takes from a plain address; all others lie in a repository of the Hugging Face hub.
 ADDRESSES = {
@@ -331,6 +334,17 @@ _BUNDLED = (
         licence="apache-2.0",
         citation=VIT,
         notes="trained here on CIFAR-10, 10 classes in alphabetical order; 32 pixels",
+    ),
+    ModelSpec(
+        name="random_vit_nano",
+        method="random",
+        paradigm="random",
+        architecture="vit_nano_patch4_32",
+        source="seed:0",
+        normalisation="cifar10",
+        licence="apache-2.0",
+        citation=VIT,
+        notes="never trained, the same weights each time: what attention is before training; 32 pixels",
     ),
 )
 

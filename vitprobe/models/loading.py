@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from vitprobe.errors import UserError
@@ -203,9 +204,15 @@ def _wrap(
 
 def _load_bundled(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
     spec = _bundled_spec(name)
-    module = build(architecture, img_size=img_size, num_classes=BUNDLED_CLASSES[spec.name])
+    kind, _, seed = spec.source.partition(":")
+    with torch.random.fork_rng(devices=[], enabled=pretrained):
+        if pretrained and kind == "seed":
+            torch.manual_seed(int(seed))
+        module = build(architecture, img_size=img_size, num_classes=BUNDLED_CLASSES[spec.name])
     if not pretrained:
         return finish(module.eval(), random_spec(spec), img_size)
+    if kind == "seed":
+        return finish(module.eval(), spec, img_size)
     path = BUNDLED_FOLDER / f"{spec.name}.safetensors"
     load_into(module, read_checkpoint(path), source=str(path))
     return finish(module.eval(), spec, img_size)

@@ -43,10 +43,10 @@ def nearest(name: str, candidates: Iterable[str]) -> list[str]:
 def status(spec: ModelSpec) -> str:
     """What it takes to have a model's weights; asks no network.
 
-    "bundled", "downloaded" (they are in a local cache), "" (they can be downloaded), "by hand" (no program can
-    download them) or "no source" (nobody offers them).
+    "bundled" (they are in the package, or made from a seed), "downloaded" (they are in a local cache), "" (they can be
+    downloaded), "by hand" (no program can download them) or "no source" (nobody offers them).
     """
-    if spec.source.startswith("bundled:"):
+    if spec.source.startswith(("bundled:", "seed:")):
         return "bundled"
     entry = find_official(spec.source)
     if entry is not None and not entry.address:

@@ -1,4 +1,4 @@
-"""What is minimised: one module a method, holding the ViT to be shipped as `.vit`; `forward` gives the loss."""
+"""A masked autoencoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from zoo.objectives.base import Objective
 from zoo.recipe import Recipe
 
 
@@ -17,13 +18,13 @@ def sincos_position_embedding(grid: tuple[int, int], dim: int) -> Tensor:
     return torch.cat([torch.zeros(1, dim), table])[None]
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(Objective):
     """MAE (He et al., arXiv 2111.06377): the ViT sees a quarter of the patches; a small decoder paints the rest."""
 
     decoder_position: Tensor
 
     def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
+        super().__init__(recipe)
         self.vit = VisionTransformer(**recipe.architecture, num_classes=0)
         grid, width = self.vit.patch_embed.grid_size, self.vit.embed_dim
         self.vit.pos_embed = nn.Parameter(sincos_position_embedding(grid, width), requires_grad=False)
@@ -65,21 +66,3 @@ class MaskedAutoencoder(nn.Module):
         target = target.gather(1, masked[..., None].expand(-1, -1, target.shape[-1]))
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
         return F.mse_loss(predicted, target)
-
-
-class Supervised(nn.Module):
-    """Cross-entropy on the labels through a linear head on [cls]."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        super().__init__()
-        self.vit = VisionTransformer(
-            **recipe.architecture, num_classes=recipe.num_classes, drop_path_rate=recipe.drop_path
-        )
-        self.label_smoothing = recipe.label_smoothing
-
-    def forward(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-        """Mean cross-entropy of the batch."""
-        return F.cross_entropy(self.vit(images).float(), labels, label_smoothing=self.label_smoothing)
-
-
-OBJECTIVES = {"mae": MaskedAutoencoder, "supervised": Supervised}
