@@ -1,0 +1,139 @@
+"""Learned queries over frozen tokens, and nothing after but a small matrix: EP, CAPI, AIM, CAE, SimPool."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitprobe.aggregation.batch import TokenBatch
+from vitprobe.aggregation.choices import divides
+from vitprobe.aggregation.kernel import Tokens, grouped
+from vitprobe.aggregation.parts import QueryAttention
+from vitprobe.aggregation.token_norm import TokenNorm
+from vitprobe.aggregation.weighted import WeightedPool
+
+Weights = Float[Tensor, "batch query token"]
+Sums = Float[Tensor, "batch query dim"]
+Vector = Float[Tensor, "batch out"]
+
+
+class EfficientProbing(WeightedPool):
+    """EP: Q learned queries weigh the raw tokens; query q gives the q-th group of channels of the projected sum.
+
+    D²/d_out + Q·D parameters.
+
+    Args:
+        dim: D, numbers a token.
+        tokens: "patches" or "all".
+        queries: Q; it must divide D/d_out.
+        d_out: how many times narrower than D the vector is.
+    """
+
+    def __init__(self, dim: int, *, tokens: str = "patches", queries: int = 32, d_out: int = 1) -> None:
+        super().__init__(dim, tokens, divides("d_out", d_out, dim))
+        divides("queries", queries, self.out_dim, "the width" if d_out == 1 else "the vector's width")
+        self.queries = nn.Parameter(0.02 * torch.randn(queries, dim))
+        self.value = nn.Linear(dim, self.out_dim, bias=False)
+
+    def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
+        """Of each query, the softmax over tokens of `u·x/√D`."""
+        return keys.products(self.queries / self.dim**0.5).softmax(dim=-1)
+
+    def project(self, sums: Sums) -> Vector:
+        """Of each sum, its group of channels."""
+        return grouped(sums, self.value.weight)
+
+
+class Queried(WeightedPool):
+    """One learned query's multi-head attention over the tokens.
+
+    Args:
+        dim: D, numbers a token.
+        tokens: "patches" or "all".
+        attention: of the query over the tokens.
+    """
+
+    def __init__(self, dim: int, tokens: str, attention: QueryAttention) -> None:
+        super().__init__(dim, tokens)
+        self.query = nn.Parameter(0.02 * torch.randn(dim))
+        self.attention = attention
+
+    def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
+        """The weights of each head."""
+        return self.attention.weights(self.query, keys)
+
+    def project(self, sums: Sums) -> Vector:
+        """What the attention gives."""
+        return self.attention.project(sums)
+
+
+class Capi(Queried):
+    """CAPI's probe: a learned query over the raw tokens: 2·D² + 3·D parameters.
+
+    Args:
+        dim: D, numbers a token.
+        tokens: "patches" or "all".
+        heads: heads; 0 for one for 64 channels.
+    """
+
+    def __init__(self, dim: int, *, tokens: str = "patches", heads: int = 0) -> None:
+        heads = heads or max(1, dim // 64)
+        super().__init__(dim, tokens, QueryAttention(dim, heads, biases="kv", query=False, out=False))
+
+
+class Aim(Queried):
+    """AIM's probe: a learned query over tokens normalised over the batch: 2·D² + D parameters."""
+
+    def __init__(self, dim: int, *, tokens: str = "patches", heads: int = 16) -> None:
+        super().__init__(dim, tokens, QueryAttention(dim, heads, biases="", query=False, out=False))
+        self.norm = TokenNorm(dim)
+
+    def keys(self, batch: TokenBatch) -> Tokens:
+        """The tokens as batch normalisation would leave them."""
+        return self.norm(batch, self.tokens)
+
+
+class Cae(Queried):
+    """CAE's probe: a query, at first zero, over tokens, layer-normalised apart as keys and values.
+
+    4·D² + 10·D parameters, with biases of q and v (k has none) and a projection after.
+    """
+
+    def __init__(self, dim: int, *, tokens: str = "patches", heads: int = 8) -> None:
+        super().__init__(dim, tokens, QueryAttention(dim, heads, biases="qv"))
+        nn.init.zeros_(self.query)
+        self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(dim) for _ in range(3))
+
+    def keys(self, batch: TokenBatch) -> Tokens:
+        """The tokens after the norm of keys."""
+        return Tokens.layer_normed(batch, self.tokens, self.key_norm)
+
+    def values(self, batch: TokenBatch, keys: Tokens) -> Tokens:
+        """The tokens after the norm of values."""
+        return Tokens.layer_normed(batch, self.tokens, self.value_norm)
+
+    def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
+        """The weights of each head."""
+        return self.attention.weights(self.query_norm(self.query), keys)
+
+
+class SimPool(WeightedPool):
+    """SimPool (Psomas et al., arXiv 2309.06891): the mean of the tokens is the query, one head, values as they are.
+
+    2·D² + 2·D parameters.
+    """
+
+    def __init__(self, dim: int, *, tokens: str = "patches") -> None:
+        super().__init__(dim, tokens)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.query, self.key = (nn.Linear(dim, dim, bias=False) for _ in range(2))
+
+    def keys(self, batch: TokenBatch) -> Tokens:
+        """The tokens after a LayerNorm."""
+        return Tokens.layer_normed(batch, self.tokens, self.norm)
+
+    def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
+        """The softmax over tokens of their products with the projected mean."""
+        query = self.query(batch.read(self.tokens).mean(dim=1)) / self.dim**0.5
+        return keys.products((query @ self.key.weight)[:, None]).softmax(dim=-1)
