@@ -22,7 +22,7 @@ Which = Literal["patches", "all"]
 class TokenBatch:
     """The tokens of a batch after one block of a frozen model.
 
-    What several aggregators need of them (variances, moments) is computed once and kept.
+    What several aggregators need of them (patches, variances, moments) is computed once and kept.
 
     Attributes:
         tokens: the block's output, all tokens, `(B, T, D)`.
@@ -46,10 +46,10 @@ class TokenBatch:
         self._check_cls()
         return self.tokens[:, 0]
 
-    @property
+    @cached_property
     def patches(self) -> Float[Tensor, "batch patch dim"]:
-        """The patch tokens of each image, row by row of the grid."""
-        return self.tokens[:, self.layout.patches]
+        """The patch tokens of each image, row by row of the grid; without gaps, as every product would close them."""
+        return self.tokens[:, self.layout.patches].contiguous()
 
     @cached_property
     def cls_and_patches(self) -> Float[Tensor, "batch token dim"]:

@@ -67,5 +67,5 @@ def grouped(
 ) -> Float[Tensor, "batch out"]:
     """A linear map cut into as many groups of output channels as there are sums, each applied to its own sum."""
     groups = matrix.unflatten(0, (sums.shape[1], -1))
-    joined = torch.einsum("bqd,qed->bqe", sums, groups).flatten(1)
+    joined = torch.bmm(sums.transpose(0, 1).contiguous(), groups.mT).transpose(0, 1).flatten(1)
     return joined if bias is None else joined + bias

@@ -1,0 +1,182 @@
+"""The protocols' methods, from a plan to results: probes trained in one bank, or classifiers of pooled vectors."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vitprobe.errors import UserError
+from vitprobe.probing.bank import Bank
+from vitprobe.probing.cache import TokenCache
+from vitprobe.probing.feeds import CacheFeed, Feed, ImageFeed
+from vitprobe.probing.knn import knn
+from vitprobe.probing.logistic import logistic
+from vitprobe.probing.plan import Plan
+from vitprobe.probing.pooled import pool
+from vitprobe.probing.probe import Probe, ProbeSpec
+from vitprobe.probing.tokens import FrozenModel
+from vitprobe.probing.training import Training, heldout_accuracy, select, steps_of_a_pass, test
+from vitprobe.probing.verification import Result
+
+TRAINING, TOKENS = "training.safetensors", "tokens"
+Progress = Callable[[str, int, int], Callable[[int], Any]]  # words, images in all, images done → call with more
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a method found.
+
+    Attributes:
+        tested: positions of the test images that could be read.
+        results: one an aggregator and place.
+        probes: the selected ones, if any were trained.
+        skipped: name and reason of each image, of either part, that could not be read.
+        diverged: probes that were retired, with the reason.
+    """
+
+    tested: list[int]
+    results: list[Result]
+    probes: list[tuple[ProbeSpec, Probe]]
+    skipped: dict[str, str]
+    diverged: dict[str, str]
+
+
+def train_probes(plan: Plan, folder: Path, progress: Progress) -> Outcome:
+    """Train a bank on the plan's images or on their stored tokens, select, test.
+
+    Args:
+        plan: what to do.
+        folder: where the training's state is kept, and the tokens.
+        progress: makes what is called as images are done.
+
+    Raises:
+        UserError: see `verify`.
+    """
+    data, protocol, seed = plan.data, plan.protocol, plan.seed
+    held = plan.held_out()
+    positions, heldout = np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
+    if not heldout:
+        raise UserError(f"{data.name} has one training image a class: nothing can be held out to select on; give more")
+    epochs = protocol.epochs_for(len(positions))
+    steps = epochs * steps_of_a_pass(len(positions), protocol.batch_size)
+    with ExitStack() as stack:
+        frozen = stack.enter_context(plan.frozen())
+        train_feed, test_feed = _feeds(plan, frozen, folder, progress)
+        bank = Bank(
+            plan.specs(),
+            dim=plan.dim,
+            layout=plan.model.layout,
+            num_classes=len(data.classes),
+            steps=steps,
+            warmup_steps=round(protocol.warmup * steps),
+            init=protocol.init,
+            device=plan.device,
+        )
+        path = folder / TRAINING
+        training = Training(bank, train_feed, positions, epochs, protocol.batch_size, seed, path)
+        training.load()
+        training.run(progress(f"train {len(bank.specs)} probes", training.images, training.images_done))
+        accuracy = heldout_accuracy(bank, train_feed, heldout, progress("select", len(heldout), 0))
+        chosen = select(bank.specs, accuracy)
+        probes = [(spec, bank.probe(spec)) for specs, _ in chosen.values() for spec in specs]
+        tested = test(probes, test_feed, len(data.test), progress("test", len(data.test), 0))
+    rows = {spec: (tested.top1[number], tested.top5[number]) for number, (spec, _) in enumerate(probes)}
+    results = [
+        Result(
+            name,
+            plan.aggregators[name][0].num_parameters,
+            {
+                "learning_rate": specs[0].learning_rate,
+                "weight_decay": specs[0].weight_decay,
+                "heldout_accuracy": mean,
+                "rate_at_edge": specs[0].learning_rate in (protocol.learning_rates[0], protocol.learning_rates[-1]),
+            },
+            np.stack([rows[spec][0] for spec in specs]),
+            np.stack([rows[spec][1] for spec in specs]),
+        )
+        for name, (specs, mean) in chosen.items()
+    ]
+    diverged = {
+        f"{spec.name}, {spec.optimizer} {spec.learning_rate:g}, seed {spec.seed}": reason
+        for spec, reason in bank.retired.items()
+    }
+    return Outcome(tested.indices, results, probes, training.skipped | dict(tested.skipped), diverged)
+
+
+def _feeds(plan: Plan, frozen: FrozenModel, folder: Path, progress: Progress) -> tuple[Feed, Feed]:
+    """Of the training and of the test images."""
+    parts = {"train": plan.data.train, "test": plan.data.test}
+    size = plan.protocol.batch_size
+    if plan.protocol.method == "bank":
+        train, test = (
+            ImageFeed(frozen, part, size, plan.augmentation, plan.seed, plan.workers) for part in parts.values()
+        )
+        return train, test
+    made_of = {key: plan.manifest[key] for key in ("transform", "dtype", "forward_dtype")}
+    made_of["weights"] = plan.manifest["model"]["weights_sha256"]
+    caches = {name: TokenCache(folder / TOKENS / name, frozen, part, made_of) for name, part in parts.items()}
+    missing = {name: cache for name, cache in caches.items() if not cache.complete}
+    _require_room(folder, missing)
+    for name, cache in missing.items():
+        cache.fill(size, workers=plan.workers, progress=progress(f"store {name}", len(parts[name]), cache.done))
+    train, test = (CacheFeed(cache, parts[name], size, plan.device) for name, cache in caches.items())
+    return train, test
+
+
+def _require_room(folder: Path, caches: dict[str, TokenCache]) -> None:
+    """Raises a UserError where the disk has room for each cache, but not for both."""
+    needed = sum(cache.bytes_missing for cache in caches.values())
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise UserError(
+            f"the tokens of both parts take {needed:,} bytes more, and the disk of {folder} has {free:,} free: free "
+            f"some, choose another folder (--out), or a protocol without a cache"
+        )
+
+
+def classify_vectors(plan: Plan, folder: Path, progress: Progress) -> Outcome:
+    """k-NN or logistic regression on the vector that each aggregator gives; arguments as of `train_probes`."""
+    data, protocol = plan.data, plan.protocol
+    grid: dict[str, Any] = dict(protocol.grid)
+    with plan.frozen() as frozen:
+        train, test = (
+            pool(
+                plan.aggregators,
+                ImageFeed(frozen, part, protocol.batch_size, workers=plan.workers),
+                len(part),
+                progress(f"vectors of {name}", len(part), 0),
+            )
+            for name, part in (("train", data.train), ("test", data.test))
+        )
+    held = torch.from_numpy(plan.held_out()[train.indices])
+    labels = torch.from_numpy(data.train.labels[train.indices])
+    test_labels = torch.from_numpy(data.test.labels[test.indices])
+    results = []
+    for name, (aggregator, _) in plan.aggregators.items():
+        given = (train.vectors[name], labels, test.vectors[name], test_labels, held)
+        if protocol.method == "knn":
+            found = knn(
+                *given,
+                size=len(labels),
+                num_classes=len(data.classes),
+                ks=grid["k"],
+                temperatures=grid["temperature"],
+            )
+            chosen: dict[str, Any] = {"k": found.k, "temperature": found.temperature}
+        else:
+            found = logistic(
+                *given, num_classes=len(data.classes), strengths=grid["c"], iterations=int(grid["iterations"][0])
+            )
+            chosen = {"c": found.c, "converged": found.converged}
+        chosen["heldout_accuracy"] = max(found.heldout_accuracy.values())
+        top1, top5 = (right.numpy()[None] for right in (found.top1, found.top5))
+        results.append(Result(name, aggregator.num_parameters, chosen, top1, top5))
+    return Outcome(test.indices, results, [], dict(train.skipped + test.skipped), {})

@@ -1,0 +1,144 @@
+"""Protocols: all that decides an accuracy beside the model, the data and the aggregator, under a name and a hash."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from hashlib import sha256
+from typing import Any, Literal
+
+from vitprobe.data.augment import Augmentation
+from vitprobe.errors import UserError
+from vitprobe.probing.heldout import SHARE
+from vitprobe.probing.knn import NEIGHBOURS, TEMPERATURES
+from vitprobe.probing.logistic import ITERATIONS, STRENGTHS
+from vitprobe.probing.probe import Init
+
+Method = Literal["bank", "cached", "knn", "logistic"]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How probes are trained and selected. A number says little without it, so its name and hash stand beside each.
+
+    Attributes:
+        name: what tables call it.
+        words: what it is, in a sentence.
+        method: "bank" (probes trained on augmented images), "cached" (probes trained on tokens stored once, without
+            augmentation), "knn" or "logistic" (on pooled vectors).
+        norms: whether tokens are read without the model's final norm, with it, or both, where nothing else is asked.
+        heldout: the share of the training images on which all is selected; test images select nothing.
+        seeds: probes of each kind, differing in their initial weights.
+        batch_size: images a step.
+        epochs: passes over the training images, at least.
+        least_steps: optimiser steps, at least: small sets are passed over more often.
+        warmup: the share of the steps in which learning rates rise.
+        optimizer: "lars", "sgd" or "adamw".
+        learning_rates: of which the best one is selected, for each aggregator.
+        weight_decays: likewise.
+        init: of the classifiers; see `vitprobe.probing.probe.Probe`.
+        augmentation: of the training images.
+        grid: what k-NN or logistic regression selects from.
+    """
+
+    name: str
+    words: str
+    method: Method
+    norms: tuple[bool, ...] = (False,)
+    heldout: float = SHARE
+    seeds: int = 1
+    batch_size: int = 64
+    epochs: int = 1
+    least_steps: int = 0
+    warmup: float = 0.0
+    optimizer: Literal["lars", "sgd", "adamw"] = "adamw"
+    learning_rates: tuple[float, ...] = ()
+    weight_decays: tuple[float, ...] = (0.0,)
+    init: Init = "trunc_normal"
+    augmentation: Augmentation | None = None
+    grid: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """The first twelve digits of the SHA-256 of all its fields."""
+        return sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def trains(self) -> bool:
+        """Whether probes are trained by gradient descent, so that aggregators may have weights of their own."""
+        return self.method in ("bank", "cached")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.digest})"
+
+    def describe(self) -> dict[str, Any]:
+        """As JSON holds it, for a manifest."""
+        return {"hash": self.digest, **json.loads(json.dumps(asdict(self)))}
+
+    def epochs_for(self, num_images: int) -> int:
+        """Passes over so many training images."""
+        a_pass = max(1, num_images // self.batch_size)
+        return max(self.epochs, -(-self.least_steps // a_pass))
+
+
+_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            name="fast",
+            words="AdamW on augmented images, 3 epochs or 200 steps, the learning rate selected from six on a tenth "
+            "of the training images, as CAPI does; 3 seeds",
+            method="bank",
+            seeds=3,
+            batch_size=128,
+            epochs=3,
+            least_steps=200,
+            warmup=0.1,
+            learning_rates=_RATES,
+            augmentation=Augmentation(),
+        ),
+        Protocol(
+            name="cached",
+            words="AdamW on tokens stored once in fp16, without augmentation, 20 epochs or 1,000 steps, the learning "
+            "rate selected as in fast; 3 seeds; not comparable with protocols that augment",
+            method="cached",
+            seeds=3,
+            batch_size=128,
+            epochs=20,
+            least_steps=1000,
+            warmup=0.1,
+            learning_rates=_RATES,
+        ),
+        Protocol(
+            name="knn",
+            words="k nearest neighbours by cosine among all training images, softmax weights, k and temperature "
+            "selected on a tenth of them; raw tokens and those after the final norm",
+            method="knn",
+            norms=(False, True),
+            grid=(("k", NEIGHBOURS), ("temperature", TEMPERATURES)),
+        ),
+        Protocol(
+            name="logistic",
+            words="multinomial logistic regression by L-BFGS on standardised vectors without augmentation, C selected "
+            "on a tenth of the training images, then fitted on all",
+            method="logistic",
+            grid=(("c", STRENGTHS), ("iterations", (ITERATIONS,))),
+        ),
+    )
+}
+
+
+def find_protocol(protocol: str | Protocol) -> Protocol:
+    """The protocol of a name; one that is given as it is.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    if isinstance(protocol, Protocol):
+        return protocol
+    if protocol not in PROTOCOLS:
+        raise UserError(f"there is no protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
+    return PROTOCOLS[protocol]

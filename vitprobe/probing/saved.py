@@ -1,0 +1,173 @@
+"""Trained probes on disk, and back as something that gives an image's improved representation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vitprobe.aggregation import create
+from vitprobe.data.batches import iterate
+from vitprobe.data.sources import open_images
+from vitprobe.errors import UserError
+from vitprobe.files import write_atomically
+from vitprobe.models.loaded import LoadedModel, weights_sha256
+from vitprobe.models.loading import load_model
+from vitprobe.probing.probe import Probe, ProbeSpec
+from vitprobe.probing.tap import Tap
+from vitprobe.probing.tokens import FrozenModel
+
+FOLDER = "probes"
+_KEY, _VERSION = "vitprobe_probe", 1
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedProbe:
+    """A trained probe with its frozen model.
+
+    Attributes:
+        model: the model.
+        probe: aggregator, normalisation and classifier, in eval mode.
+        spec: what the probe is and how it was trained.
+        classes: what its scores are of.
+        about: the protocol and the data it was trained with.
+        dtype: what the model's forward pass ran in then, and runs in now.
+    """
+
+    model: LoadedModel
+    probe: Probe
+    spec: ProbeSpec
+    classes: tuple[str, ...]
+    about: Mapping[str, Any]
+    dtype: str | None = None
+
+    def __repr__(self) -> str:
+        """Result name, model, classes."""
+        return f"LoadedProbe({self.spec.name!r} of {self.model.spec.name!r}, {len(self.classes)} classes)"
+
+    def embed(self, images: Any, *, batch_size: int = 64, device: Any = None) -> Float[Tensor, "image dim"]:
+        """The representation that the probe reads: the aggregated tokens, normalised as in training; `(n, D)`.
+
+        Args:
+            images: anything that `vitprobe.open_images` takes.
+            batch_size: images a forward pass.
+            device: "cpu", "cuda", …; a CUDA GPU where there is one without.
+
+        Raises:
+            UserError: for images that cannot be opened or read.
+        """
+        return self._over(images, batch_size, device, classify=False)
+
+    def classify(self, images: Any, *, batch_size: int = 64, device: Any = None) -> Float[Tensor, "image classes"]:
+        """The score of each of `classes`, `(n, classes)`, before a softmax; arguments and errors as of `embed`."""
+        return self._over(images, batch_size, device, classify=True)
+
+    @torch.no_grad()
+    def _over(self, images: Any, batch_size: int, device: Any, *, classify: bool) -> Tensor:
+        source = open_images(images)
+        aggregator, tap = self.probe.aggregator, self.spec.tap
+        frozen = FrozenModel(
+            self.model,
+            [tap],
+            attention=aggregator.needs_attention,
+            oracles=[aggregator.oracle] if aggregator.oracle else [],
+            dtype=self.dtype,
+            device=device,
+        )
+        probe, found = self.probe.to(frozen.device), []
+        loaded = iterate(source, range(len(source)), self.model.transform, batch_size)
+        with frozen, closing(loaded):
+            for batch in loaded:
+                if batch.skipped:  # a row an image, in their order, is what is promised
+                    name, reason = batch.skipped[0]
+                    raise UserError(f"{name} cannot be read ({reason}): leave it out")
+                tokens = frozen(batch.pixels, batch.names)[tap]
+                found.append((probe(tokens) if classify else probe.vector(tokens)).cpu())
+        return torch.cat(found)
+
+
+def save_probe(
+    folder: Path,
+    spec: ProbeSpec,
+    probe: Probe,
+    *,
+    dim: int,
+    classes: tuple[str, ...],
+    manifest: Mapping[str, Any],
+) -> Path:
+    """Write one probe as safetensors into a run's folder, with all that `load_probe` needs; its path."""
+    words = {
+        "version": _VERSION,
+        "spec": asdict(spec),
+        "dim": dim,
+        "classes": list(classes),
+        **{key: manifest[key] for key in ("model", "arguments", "protocol", "data", "forward_dtype")},
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
+    path = folder / FOLDER / (re.sub(r"[^\w.+@=,()-]", "_", f"{spec.name}-seed{spec.seed}") + ".safetensors")
+    write_atomically(path, save(tensors, metadata={_KEY: json.dumps(words)}))
+    return path
+
+
+def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | None = None) -> LoadedProbe:
+    """A probe that `verify` trained, with its model, ready to embed images.
+
+    Args:
+        path: a file from a run's `probes/`.
+        model: the frozen model, as `load_model` takes it; by default the one the probe was trained on, by its name.
+        checkpoint: the file with that model's weights, where it was loaded from one and has moved.
+
+    Returns:
+        What has `embed(images)` and `classify(images)`.
+
+    Raises:
+        UserError: where the file is no probe, or the model's weights are not those it was trained on.
+    """
+    path = Path(path)
+    words, tensors = _read(path)
+    given = words["arguments"]
+    if model is None and words["model"]["source"] == "module":
+        raise UserError(f"{path} was trained on a module given in Python: give the same with load_probe(path, model)")
+    loaded = load_model(
+        given["model"] if model is None else model,
+        checkpoint=given["checkpoint"] if checkpoint is None else checkpoint,
+        arch=given["arch"],
+        img_size=given["img_size"],
+    )
+    if weights_sha256(loaded.module) != words["model"]["weights_sha256"]:
+        raise UserError(
+            f"{path} was trained on other weights of {words['model']['name']} than those of {loaded.spec.name}: give "
+            f"the ones of SHA-256 {words['model']['weights_sha256'][:12]}… with load_probe(path, model)"
+        )
+    spec = ProbeSpec(**{**words["spec"], "tap": Tap(**words["spec"]["tap"])})
+    probe = Probe(create(spec.aggregator, dim=words["dim"], layout=loaded.layout), len(words["classes"]))
+    probe.load_state_dict(tensors)
+    about = {"protocol": words["protocol"], "data": words["data"]}
+    dtype = words["forward_dtype"]
+    return LoadedProbe(loaded, probe.requires_grad_(False).eval(), spec, tuple(words["classes"]), about, dtype)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            words = json.loads((file.metadata() or {})[_KEY])
+            if words["version"] != _VERSION:
+                raise UserError(
+                    f"{path} is a probe of format {words['version']}, this vitprobe reads {_VERSION}: upgrade"
+                )
+            return words, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else type(error).__name__
+        raise UserError(
+            f"{path} is no probe of vitprobe ({reason}): give a file from the folder {FOLDER}/ of a run of verify"
+        ) from None

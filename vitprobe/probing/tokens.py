@@ -1,0 +1,274 @@
+"""`FrozenModel`: images → the tokens of some blocks of a model that nothing is trained of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitprobe.aggregation.attended import patch_attention
+from vitprobe.aggregation.batch import TokenBatch
+from vitprobe.attention.view import AttentionView
+from vitprobe.data.transforms import ImageTransform
+from vitprobe.errors import UserError
+from vitprobe.hooks.capture import Capture, capture
+from vitprobe.hooks.updates import tensor_of
+from vitprobe.models.anatomy.final_norm import find_final_norm
+from vitprobe.models.anatomy.parts import use_fused_attention
+from vitprobe.models.loaded import LoadedModel
+from vitprobe.models.loading import load_model
+from vitprobe.models.tokens import TokenLayout
+from vitprobe.probing.tap import Tap
+from vitprobe.profile.dtype import DTYPE_BOUND, choose_dtype, weights_dtype
+from vitprobe.profile.state import choose_device, prepared
+
+NAMED = 5  # images that an error names at most
+
+
+class _LastBlockRan(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
+class FrozenModel:
+    """Inside its context: images → `{tap: TokenBatch}`, float32 tokens that probes can be trained on.
+
+    The module is in eval mode meanwhile (no dropout, drop path or patch drop), without gradients, with fused attention;
+    a pass ends after the last block that is read. Afterwards the module is as it was.
+
+    Attributes:
+        model: the model.
+        taps: where tokens are read.
+        attention: whether the attention inside the tapped blocks is kept too.
+        device: where it runs, and where the tokens are.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        taps: Sequence[Tap],
+        *,
+        attention: bool = False,
+        oracles: Sequence[str] = (),
+        dtype: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Checks all that can be known before an image comes.
+
+        Args:
+            model: the model.
+            taps: the blocks to read, with or without the final norm.
+            attention: whether aggregators want the attention inside these blocks.
+            oracles: names of other models whose [cls] attention aggregators want; loaded here.
+            dtype: "float32", "bfloat16" or "float16" (autocast); the weights' own precision without.
+            device: "cpu", "cuda", …; a CUDA GPU where there is one without.
+
+        Raises:
+            UserError: for a block or a final norm that the model does not have, an oracle without [cls], or a dtype or
+                device that cannot be had.
+        """
+        self.model, self.taps, self.attention = model, tuple(dict.fromkeys(taps)), attention
+        self.device = choose_device(device)
+        self._name, blocks = model.spec.name, model.anatomy.blocks
+        for tap in self.taps:
+            if not 0 <= tap.block < len(blocks):
+                raise UserError(f"{self._name} has blocks 0 to {len(blocks) - 1}, not {tap.block}: choose one of these")
+        self._blocks = sorted({tap.block for tap in self.taps})
+        _require_whole_blocks(model)
+        self._norm = find_final_norm(model.anatomy, self._name) if any(tap.norm for tap in self.taps) else None
+        # "auto" has nothing to be measured on here, and becomes float32
+        self._forward = choose_dtype(dtype, DTYPE_BOUND, model.module, self.device, lambda _: {})
+        self._dtype = weights_dtype(model.module)
+        self._oracles = {name: _oracle(name, model.layout, dtype, self.device) for name in oracles}
+        self._tokens: dict[int, Tensor] = {}  # of the pass under way, by block
+        self._batch: tuple[int, TokenLayout] | None = None  # images and layout of that pass; None without one
+        self._capture: Capture | None = None
+        self._cleanup: ExitStack | None = None
+
+    @cached_property
+    def dim(self) -> int:
+        """Numbers a token; runs one image of noise through the model."""
+        noise = torch.randn(1, 3, *self.model.transform.size, generator=torch.Generator().manual_seed(0))
+        return next(iter(self(noise).values())).tokens.shape[-1]
+
+    def __enter__(self) -> FrozenModel:
+        anatomy = self.model.anatomy
+        with ExitStack() as stack:
+            stack.enter_context(prepared(self.model.module, self.device))
+            use_fused_attention(anatomy.blocks, stack)
+            if self.attention:  # whose capture prepares the model itself
+                blocks = tuple(anatomy.blocks[block] for block in self._blocks)
+                tapped = replace(self.model, anatomy=replace(anatomy, blocks=blocks))
+                self._capture = stack.enter_context(capture(tapped))
+            else:
+                anatomy.prepare(stack)
+            for block in self._blocks:  # after those of the capture, which must see the last block end
+                stack.callback(anatomy.blocks[block].register_forward_hook(self._ran(block)).remove)
+            for oracle in self._oracles.values():
+                stack.enter_context(oracle)
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        cleanup, self._cleanup, self._capture = self._cleanup, None, None
+        self._tokens.clear()
+        if cleanup is not None:
+            cleanup.close()
+
+    def __call__(
+        self, images: Float[Tensor, "batch 3 height width"], names: Sequence[str] | None = None
+    ) -> dict[Tap, TokenBatch]:
+        """The tokens of a batch at each tap.
+
+        Args:
+            images: as the model's transform makes them.
+            names: what an error calls them; their positions in the batch without.
+
+        Raises:
+            UserError: for images of a size that the model cannot take, tokens that are NaN or infinite (naming the
+                images), or blocks whose output is no sequence of tokens.
+        """
+        if self._cleanup is None:
+            raise UserError("a FrozenModel gives tokens inside its context: with FrozenModel(…) as frozen: frozen(x)")
+        images = images.to(self.device, non_blocking=True)
+        layout = self._run(images)
+        oracles = {name: self._asked(name, images) for name in self._oracles}
+        with torch.no_grad():
+            batches = {
+                tap: TokenBatch(self._read(tap, names), layout, self._attention_of(tap.block), oracles)
+                for tap in self.taps
+            }
+        self._tokens.clear()
+        return batches
+
+    def _run(self, images: Tensor) -> TokenLayout:
+        """One forward pass, as far as it is needed; the images' tokens."""
+        height, width = images.shape[-2:]
+        layout = self.model.anatomy.layout((height, width))
+        self._tokens.clear()
+        self._batch = len(images), layout
+        try:
+            with torch.inference_mode(), self._forward.autocast(self.device):
+                self.model.module(images.to(self._dtype))
+        except _LastBlockRan:
+            return layout
+        except AssertionError as error:  # timm's way to say that an input has the wrong size
+            raise UserError(f"{self._name} cannot take images of {height}x{width} pixels: {error}") from None
+        finally:
+            self._batch = None
+        unseen = next(block for block in self._blocks if block not in self._tokens)
+        raise UserError(f"{self._name} ran, but its block {unseen} did not: its tokens cannot be read")
+
+    def _ran(self, block: int) -> Callable[[nn.Module, Any, Any], None]:
+        """The hook that takes a block's output."""
+
+        def take(module: nn.Module, args: Any, output: Any) -> None:
+            if self._batch is None:  # a pass that somebody else began
+                return
+            tokens = _in_order(tensor_of(output), module, *self._batch)
+            if tokens is None:
+                came = tuple(getattr(tensor_of(output), "shape", ())) or f"a {type(output).__name__}"
+                raise UserError(
+                    f"block {block} of {self._name} gave {came} where (images, tokens, width) with "
+                    f"{self._batch[1].num_tokens} tokens was expected: its tokens cannot be read"
+                )
+            # A copy, as later blocks may add to it in place; and not one of inference mode, on which nothing trains.
+            with torch.inference_mode(False), torch.no_grad():
+                self._tokens[block] = tokens.to(torch.float32, copy=True)
+            if block == self._blocks[-1]:
+                raise _LastBlockRan
+
+        return take
+
+    def _read(self, tap: Tap, names: Sequence[str] | None) -> Tensor:
+        tokens = self._tokens[tap.block]
+        if tap.norm:
+            assert self._norm is not None
+            with self._forward.autocast(self.device):
+                tokens = self._norm(tokens.to(self._dtype)).float()
+        bad = (~tokens.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+        if bad:
+            named = [str(index if names is None else list(names)[index]) for index in bad[:NAMED]]
+            advice = "check the weights and these images"
+            if self._forward.taken == "float16":
+                advice += ", or take bfloat16, whose range is float32's"
+            raise UserError(
+                f"tokens of {self._name} at {tap} are NaN or infinite for {len(bad)} of the batch's images "
+                f"({', '.join(named)}{', …' if len(bad) > NAMED else ''}): {advice}"
+            )
+        return tokens
+
+    def _attention_of(self, block: int) -> AttentionView | None:
+        if self._capture is None:
+            return None
+        self._capture.pooling_attention.clear()  # of the blocks that are not read
+        return replace(self._capture[self._blocks.index(block)], block=block)
+
+    def _asked(self, name: str, images: Tensor) -> Float[Tensor, "batch head patch"]:
+        """Another model's [cls] attention over its patches in its last block."""
+        oracle = self._oracles[name]
+        (batch,) = oracle(_renormalised(images, self.model.transform, oracle.model.transform)).values()
+        assert batch.attention is not None
+        return patch_attention(batch.attention, slice(0, 1))[:, :, 0].float()
+
+
+def _oracle(name: str, layout: TokenLayout, dtype: str | None, device: torch.device) -> FrozenModel:
+    """Another model for images of such a size that its grid of patches is the same."""
+    model = load_model(name)
+    if not model.layout.has_cls:
+        raise UserError(f"{name} has no [cls] token whose attention could weigh patches: choose an oracle with one")
+    if model.layout.grid != layout.grid:
+        model = load_model(name, img_size=replace(model.layout, grid=layout.grid).image_size)
+    return FrozenModel(model, [Tap(len(model.anatomy.blocks) - 1)], attention=True, dtype=dtype, device=device)
+
+
+def _renormalised(images: Tensor, mine: ImageTransform, other: ImageTransform) -> Tensor:
+    """Images that one transform made, as if another had: its size, mean and standard deviation."""
+
+    def column(values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values, device=images.device)[:, None, None]
+
+    images = images * column(mine.std) + column(mine.mean)
+    if images.shape[-2:] != other.size:
+        images = F.interpolate(images, other.size, mode="bicubic", antialias=True).clamp(0, 1)
+    return (images - column(other.mean)) / column(other.std)
+
+
+def _in_order(tokens: Tensor | None, block: nn.Module, batch: int, layout: TokenLayout) -> Tensor | None:
+    """A block's output as `(B, T, D)`; None for what cannot be that."""
+    if tokens is None:
+        return None
+    shape, sizes = tuple(tokens.shape[:2]), (batch, layout.num_tokens)
+    if tokens.ndim != 3 or shape not in (sizes, sizes[::-1]):
+        return None
+    # Where there are as many images as tokens, torch's attention says which of the two comes first.
+    sequence_first = shape != sizes or (
+        batch == layout.num_tokens
+        and any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in block.modules())
+    )
+    return tokens.transpose(0, 1) if sequence_first else tokens
+
+
+def _require_whole_blocks(model: LoadedModel) -> None:
+    """Raises a UserError where what stands for a block is a part of one, beside an MLP in a list of the two.
+
+    Such a part gives what is added to the tokens, not the tokens. Lists of whole blocks, as in DINOv2, are fine.
+    """
+    blocks = model.anatomy.blocks
+    lists: list[Any] = [part for part in model.anatomy.module.modules() if isinstance(part, nn.ModuleList)]
+    for parts in (inner for outer in lists for inner in outer if inner in lists and blocks[0] in list(inner)):
+        if any(part not in blocks and not isinstance(part, nn.Identity) for part in parts):
+            kinds = ", ".join(type(part).__name__ for part in parts)
+            raise UserError(
+                f"the blocks of {model.spec.name} are lists of parts ({kinds}), so what leaves a block cannot be read: "
+                f"give load_model blocks and a layout where each block is a module that returns the tokens"
+            )

@@ -1,0 +1,212 @@
+"""`verify`: does aggregating the patch tokens selectively give more than [cls]? Measured, with intervals."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from datetime import UTC, datetime
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from vitprobe.data.images import printable
+from vitprobe.errors import UserError
+from vitprobe.files import disk_errors
+from vitprobe.probing.methods import TOKENS, TRAINING, classify_vectors, train_probes
+from vitprobe.probing.plan import Plan, make_plan
+from vitprobe.probing.protocols import Protocol, find_protocol
+from vitprobe.probing.saved import FOLDER as PROBES
+from vitprobe.probing.saved import save_probe
+from vitprobe.probing.verification import ACCURACY, CORRECTNESS, KIND, Verification
+from vitprobe.profile.folder import check_output, clear_run, is_run, read_manifest, write_manifest
+from vitprobe.profile.resuming import require_same
+
+
+def verify(
+    model: Any = "mae_vit_nano",
+    data: Any = None,
+    aggregators: Sequence[str] | None = None,
+    *,
+    protocol: str | Protocol = "fast",
+    checkpoint: str | Path | None = None,
+    arch: str | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    blocks: Sequence[int] | None = None,
+    norm: bool | None = None,
+    dtype: str | None = None,
+    device: Any = None,
+    workers: int | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool | None = None,
+) -> Verification:
+    """Train light probes on a model's frozen tokens and measure what each way of aggregating them gives.
+
+    The question is the paper's ("Beyond [cls]", arXiv 2412.03215): would selective aggregation of the patch tokens
+    represent an image better than [cls] does? All probes see the same images in the same order, so that differences
+    are paired. Learning rates are selected on a slice held out from the training images; the test images select
+    nothing.
+
+    Args:
+        model: anything that `load_model` takes.
+        data: anything that `vitprobe.data.labelled.open_labelled` takes: a folder with train/ and val/, tars of that
+            shape, a pair of paths; without it scikit-learn's digits.
+        aggregators: names that `vitprobe.aggregation.create` takes, with options in brackets; without it cls, gap,
+            abmilp and ep (for protocols that train none: cls and gap), less what the model has not.
+        protocol: "fast", "cached", "knn", "logistic", or a `Protocol`.
+        checkpoint: as for `load_model`.
+        arch: as for `load_model`.
+        img_size: the input size in pixels, where it is not the model's own.
+        blocks: the blocks whose output is read, negative from the last; the last one without. Several are probed in
+            the same pass.
+        norm: whether the model's final norm is applied to the tokens; as the protocol says without.
+        dtype: what the forward pass runs in: "float32", "bfloat16", "float16"; the weights' own precision without.
+        device: "cpu", "cuda", …; a CUDA GPU where there is one without.
+        workers: processes that read images; chosen for the machine without.
+        seed: of orders, crops, the held-out slice and initial weights.
+        out: the run's folder: `manifest.json`, `accuracy.csv`, per-image correctness, the selected probes as
+            safetensors. Without it nothing stays on the disk.
+        overwrite: replace a run that is there already.
+        resume: go on with the run in `out` where it was broken off, or begin it; the result is an unbroken run's.
+        progress: show progress bars; by default on a terminal and in a notebook.
+
+    Raises:
+        UserError: for bad input, in one line; nothing is written then.
+    """
+    settled = find_protocol(protocol)
+    for name, number, least in (("workers", workers, 0), ("seed", seed, 0)):
+        if number is not None and not (isinstance(number, Integral) and int(number) >= least):
+            raise UserError(f"{name} is {number!r}; it must be a whole number of at least {least}")
+    if resume and (overwrite or out is None):
+        reason = (
+            "--overwrite starts anew: give one of the two" if overwrite else "that needs its folder: give --out too"
+        )
+        raise UserError(f"--resume goes on with a run, and {reason}")
+    asked = [aggregators] if isinstance(aggregators, str) else aggregators
+    options = {"checkpoint": checkpoint, "arch": arch, "img_size": img_size, "dtype": dtype, "device": device}
+    arguments = {
+        "model": _shown(model),
+        "data": None if data is None else _shown(data),
+        "aggregators": None if asked is None else list(asked),
+        "protocol": str(settled),
+        **{name: value if value is None else _shown(value) for name, value in options.items()},
+        "img_size": img_size,
+        "blocks": None if blocks is None else list(blocks),
+        "norm": norm,
+        "workers": workers,
+        "seed": seed,
+        "out": None if out is None else _shown(out),
+        "overwrite": overwrite,
+        "resume": resume,
+    }
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        check_output(folder, overwrite, resume)
+    plan = make_plan(
+        model,
+        data,
+        asked,
+        settled,
+        blocks=blocks,
+        norm=norm,
+        workers=workers,
+        seed=seed,
+        arguments=arguments,
+        **options,
+    )
+    with ExitStack() as stack:
+        if folder is None:
+            return _carry_out(plan, Path(stack.enter_context(tempfile.TemporaryDirectory())), progress)
+        begun = read_manifest(folder, "verify") if resume and is_run(folder) else None
+        if begun is not None:
+            if begun.get("kind") != KIND:
+                raise UserError(f"{folder} is a run of vitprobe analyze, not of verify; give another --out")
+            require_same(folder, begun, plan.manifest)
+            if begun["status"] == "complete":
+                return Verification.load(folder)
+        else:
+            _clear(folder)
+        write_manifest(folder, plan.manifest)
+        return _carry_out(plan, folder, progress)
+
+
+def _carry_out(plan: Plan, folder: Path, progress: bool | None) -> Verification:
+    """From a plan to the results, in a folder."""
+    method = train_probes if plan.protocol.trains else classify_vectors
+    shown = (sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules if progress is None else progress
+    with ExitStack() as bars:
+
+        def bar(words: str, total: int, done: int) -> Callable[[int], Any]:
+            bars.close()  # the one before
+            made = tqdm(
+                total=total, initial=done, desc=f"{plan.model.spec.name}: {words}", unit="img", disable=not shown
+            )
+            return bars.enter_context(made).update
+
+        outcome = method(plan, folder, bar)
+    if not outcome.tested:
+        raise UserError(f"no test image of {plan.data.name} could be read")
+    manifest = plan.manifest | {
+        "status": "complete",
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "diverged": outcome.diverged,
+    }
+    manifest["data"] = {
+        **manifest["data"],
+        "skipped": [{"name": name, "reason": reason} for name, reason in outcome.skipped.items()],
+    }
+    test = plan.data.test
+    found = Verification(
+        manifest, [test.ids[index] for index in outcome.tested], test.labels[outcome.tested], outcome.results
+    )
+    for spec, probe in outcome.probes:
+        save_probe(
+            folder,
+            spec,
+            probe,
+            dim=plan.dim,
+            classes=plan.data.classes,
+            manifest=manifest,
+        )
+    found.write(folder)
+    _clear_unfinished(folder)
+    return found
+
+
+def _clear(folder: Path) -> None:
+    """Remove an earlier run's own files from its folder, and nothing else."""
+    clear_run(folder)
+    with disk_errors(folder):
+        for name in (CORRECTNESS, ACCURACY):
+            (folder / name).unlink(missing_ok=True)
+        for path in (folder / PROBES).glob("*.safetensors"):
+            path.unlink()
+        with suppress(OSError):  # not there, or it holds something else
+            (folder / PROBES).rmdir()
+    _clear_unfinished(folder)
+
+
+def _clear_unfinished(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    with disk_errors(folder):
+        (folder / TRAINING).unlink(missing_ok=True)
+        for part in ("train", "test"):
+            shutil.rmtree(folder / TOKENS / part, ignore_errors=True)
+        with suppress(OSError):
+            (folder / TOKENS).rmdir()
+
+
+def _shown(thing: Any) -> str:
+    """An argument as the manifest holds it: text as it is, made printable; of anything else its type."""
+    if isinstance(thing, str | Path):
+        return printable(str(thing))
+    if isinstance(thing, list | tuple):
+        return ", ".join(_shown(each) for each in thing)
+    return type(getattr(thing, "module", thing)).__name__
