@@ -1,5 +1,6 @@
 """Figures of profiles, the paper's (arXiv 2412.03215) and any statistic's; nothing is computed here, only drawn."""
 
+from vitprobe.figures.bars import selective_aggregation
 from vitprobe.figures.heatmap import heads
 from vitprobe.figures.lines import cls_entropy, cls_self_attention, patch_self_attention, statistic
 from vitprobe.figures.saving import save_figure, save_paper_figures
@@ -11,5 +12,6 @@ __all__ = [
     "patch_self_attention",
     "save_figure",
     "save_paper_figures",
+    "selective_aggregation",
     "statistic",
 ]

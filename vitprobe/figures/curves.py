@@ -92,12 +92,15 @@ def as_list(profiles: Profiles | object) -> list[ProfileLike]:
     Raises:
         UserError: if there is none, or something else.
     """
-    several = [profiles]
-    if isinstance(profiles, Iterable) and not isinstance(profiles, ProfileLike | str):
-        several = list(profiles)
+    several = listed(profiles, ProfileLike)
     if not several:
         raise UserError("there is no profile to draw; give one profile or several (vitprobe.Profile.load reads a run)")
     return [as_profile(profile) for profile in several]
+
+
+def listed(given: object, kind: type) -> list[object]:
+    """What was given as a list: one thing of this kind alone, or anything that can be gone through."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, kind | str) else [given]
 
 
 def as_profile(given: object) -> ProfileLike:
@@ -117,7 +120,7 @@ def as_profile(given: object) -> ProfileLike:
 def read_curves(profiles: Sequence[ProfileLike], statistic: str) -> tuple[list[Curve], list[tuple[str, str]]]:
     """The curve of each profile that has one, and `(name, reason)` of each that has none."""
     curves, missing = [], []
-    for name, profile in zip(_distinct([profile.name for profile in profiles]), profiles, strict=True):
+    for name, profile in zip(distinct([profile.name for profile in profiles]), profiles, strict=True):
         reason = profile.undefined.get(statistic)
         curve = None
         if reason is None:
@@ -147,7 +150,7 @@ def _where(table: pd.DataFrame, mask: Any) -> pd.DataFrame:
     return pd.DataFrame(table[mask])
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct(names: Sequence[str]) -> list[str]:
     """Number the names that occur more than once: two runs of one model are two lines."""
     return [
         f"{name} #{list(names[: position + 1]).count(name)}" if list(names).count(name) > 1 else name

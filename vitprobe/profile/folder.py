@@ -92,15 +92,21 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, command: str = "analyze") -> dict[str, Any]:
     """The manifest of a run's folder.
+
+    Args:
+        folder: where the run is.
+        command: which command writes such runs, for the messages.
 
     Raises:
         UserError: where there is none, it is broken, or it was written by a newer vitprobe.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{folder} holds no run (there is no {MANIFEST}); give the folder that vitprobe analyze wrote")
+        raise UserError(
+            f"{folder} holds no run (there is no {MANIFEST}); give the folder that vitprobe {command} wrote"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -109,9 +115,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} has format {version}, this vitprobe reads format {FORMAT_VERSION}; "
-            f"upgrade vitprobe or analyze again"
+            f"upgrade vitprobe or {command} again"
         )
     if not is_run(folder):
-        raise UserError(f"{path} is broken, or none of vitprobe's; give the folder of a run, or analyze again")
+        raise UserError(f"{path} is broken, or none of vitprobe's; give the folder of a run, or {command} again")
     assert manifest is not None  # is_run has read it too
     return manifest

@@ -1,0 +1,195 @@
+"""`Verification`: its table, its differences, its folder."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from made_verifications import made_verification
+from vitprobe.errors import UserError
+from vitprobe.probing.resampling import holm
+from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
+from vitprobe.profile.folder import MANIFEST
+from vitprobe.profile.profile import Profile
+
+FIRST = ["aggregator", "parameters", "accuracy", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high"]
+
+
+@pytest.fixture(scope="module")
+def made() -> Verification:
+    return made_verification()
+
+
+def test_the_table_has_the_columns_in_their_order(made):
+    table = made.table()
+    others = ["top5", "mean_per_class", "gain_over", "p_value", "p_holm", "seeds", "images", "optimizer"]
+    assert list(table) == [*FIRST, *others, "learning_rate", "model", "weights"]
+    assert list(table["aggregator"]) == ["cls@block11", "gap@block11", "abmilp@block11"]
+    assert list(table["parameters"]) == [0, 0, 193]
+    assert (table["seeds"] == 3).all() and (table["images"] == 200).all() and (table["learning_rate"] == 0.1).all()
+    assert (table["model"] == "mae_vit_b").all() and (table["weights"] == "0123456789ab").all()
+
+
+def test_the_numbers_are_means_over_images_and_seeds(made):
+    table, top1 = made.table(), np.stack([result.top1 for result in made.results])
+    np.testing.assert_allclose(table["accuracy"], top1.mean(axis=(1, 2)))
+    np.testing.assert_allclose(table["gain"], top1.mean(axis=(1, 2)) - top1[0].mean())
+    np.testing.assert_allclose(table["top5"], [result.top5.mean() for result in made.results])
+    per_class = [top1[:, :, made.labels == label].mean(axis=(1, 2)) for label in range(10)]
+    np.testing.assert_allclose(table["mean_per_class"], np.mean(per_class, axis=0))
+    assert (table["ci_low"] < table["accuracy"]).all() and (table["accuracy"] < table["ci_high"]).all()
+    assert (table["gain_ci_low"] <= table["gain"]).all() and (table["gain"] <= table["gain_ci_high"]).all()
+    np.testing.assert_allclose(table["p_holm"], holm(table["p_value"].to_numpy()))
+    assert table["p_holm"][2] < 0.05 and table["gain_ci_low"][2] > 0
+
+
+def test_the_baseline_gains_exactly_nothing_over_itself(made):
+    baseline = made.table().iloc[0]
+    assert (baseline["gain"], baseline["gain_ci_low"], baseline["gain_ci_high"]) == (0, 0, 0)
+    assert np.isnan(baseline["p_value"]) and np.isnan(baseline["p_holm"])
+
+
+def test_other_measures_fill_the_same_columns(made):
+    for measure, column in (("top5", "top5"), ("mean_per_class", "mean_per_class")):
+        table = made.table(measure)
+        assert list(table) == list(made.table())
+        np.testing.assert_allclose(table["accuracy"], made.table()[column])
+        np.testing.assert_allclose(table["gain"], table["accuracy"] - table["accuracy"][0], atol=1e-12)
+    with pytest.raises(UserError) as error:
+        made.table("f1")
+    assert str(error.value) == "no measure 'f1'; give one of top1, top5, mean_per_class"
+
+
+def test_gains_are_over_cls_at_the_same_place():
+    table = made_verification(places=("@block8", "@block11+norm")).table()
+    assert list(table["gain_over"]) == ["cls@block8"] * 3 + ["cls@block11+norm"] * 3
+    accuracy = table.set_index("aggregator")["accuracy"]
+    gain = accuracy["abmilp@block11+norm"] - accuracy["cls@block11+norm"]
+    assert table["gain"][5] == pytest.approx(gain)
+
+
+def test_without_cls_gains_are_over_gap_and_without_either_there_are_none():
+    table = made_verification(shares={"abmilp": 0.7, "gap": 0.5}).table()
+    assert list(table["gain_over"]) == ["gap@block11"] * 2
+    alone = made_verification(shares={"abmilp": 0.7, "ep": 0.6})
+    table = alone.table()
+    assert table["gain_over"].isna().all() and table[["gain", "gain_ci_low", "p_value", "p_holm"]].isna().all(axis=None)
+    assert "–" in str(alone) and "nan" not in str(alone)
+
+
+def test_every_two_results_against_each_other(made):
+    pairs, table = made.differences(), made.table().set_index("aggregator")
+    assert list(zip(pairs["first"], pairs["second"], strict=True)) == [
+        ("cls@block11", "gap@block11"),
+        ("cls@block11", "abmilp@block11"),
+        ("gap@block11", "abmilp@block11"),
+    ]
+    np.testing.assert_allclose(pairs["difference"][:2], -table["gain"].to_numpy()[1:])
+    np.testing.assert_allclose(pairs["p_value"][:2], table["p_value"].to_numpy()[1:], atol=2e-3)
+    np.testing.assert_allclose(pairs["p_holm"], holm(pairs["p_value"].to_numpy()))
+    assert (pairs["p_holm"] >= pairs["p_value"]).all() and list(made.differences("top5")) == list(pairs)
+
+
+def test_one_aggregator_alone_has_no_differences():
+    assert len(made_verification(shares={"cls": 0.5}).differences()) == 0
+
+
+def test_every_face_says_what_the_numbers_are_conditional_on(made):
+    sentence = "Conditional on these backbone weights (mae_vit_b, sha256 0123456789ab…)"
+    for words in (made.conditions, str(made), made._repr_html_()):
+        assert sentence in words and "200 test images and 3 seeds" in words and "protocol fast" in words
+    one_seed = made_verification(seeds=1)
+    assert "over 200 test images (" in one_seed.conditions and one_seed.table()["ci_low"].notna().all()
+    assert repr(made) == "Verification('mae_vit_b', 3 aggregators, 200 images)"
+
+
+def test_a_folder_comes_back_equal(made, tmp_path):
+    folder = made.save(tmp_path / "run")
+    assert sorted(path.name for path in folder.iterdir()) == [ACCURACY, CORRECTNESS, MANIFEST]
+    loaded = Verification.load(str(folder))
+    pd.testing.assert_frame_equal(loaded.table(), made.table())
+    assert (loaded.images, loaded.manifest) == (made.images, made.manifest)
+    assert (loaded.labels == made.labels).all()
+    for one, other in zip(loaded.results, made.results, strict=True):
+        assert (one.name, one.parameters, one.hyperparameters) == (other.name, other.parameters, other.hyperparameters)
+        assert (one.top1 == other.top1).all() and (one.top5 == other.top5).all()
+    csv = pd.read_csv(folder / ACCURACY)
+    assert list(csv)[:8] == FIRST
+    pd.testing.assert_frame_equal(csv, made.table(), check_dtype=False)
+    assert (loaded.name, loaded.paradigm, loaded.protocol, loaded.data) == ("mae_vit_b", "MIM", "fast", "digits")
+
+
+def test_the_same_verification_gives_the_same_bytes(made, tmp_path):
+    one, other = made.save(tmp_path / "a"), made_verification().save(tmp_path / "b")
+    for name in (ACCURACY, MANIFEST, CORRECTNESS):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_another_run_is_replaced_only_when_told(made, tmp_path):
+    folder = made.save(tmp_path / "run")
+    (folder / "mine.txt").write_text("mine")
+    other = made_verification(shares={"cls": 0.5, "ep": 0.6})
+    with pytest.raises(UserError, match="holds another run; pass --overwrite"):
+        other.save(folder)
+    assert len(Verification.load(folder).results) == 3
+    other.save(folder, overwrite=True)
+    assert [result.name for result in Verification.load(folder).results] == ["cls@block11", "ep@block11"]
+    assert (folder / "mine.txt").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(made, tmp_path, monkeypatch):
+    folder, calls = tmp_path / "run", []
+
+    def full_later(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_later)
+    with pytest.raises(UserError, match=r"the disk is full, so .*correctness\.safetensors could not be written"):
+        made.save(folder)
+    assert [path.name for path in folder.iterdir()] == [MANIFEST]
+    with pytest.raises(UserError) as error:
+        Verification.load(folder)
+    assert str(error.value) == (
+        f"{folder} is not finished (there is no {CORRECTNESS}); go on with --resume, or verify again with --overwrite"
+    )
+
+
+def test_what_is_no_verification_is_one_line(made, tmp_path):
+    with pytest.raises(UserError) as error:
+        Verification.load(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path} holds no run (there is no manifest.json); give the folder that vitprobe verify wrote"
+    )
+    folder = made.save(tmp_path / "run")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "kind": None}))
+    with pytest.raises(UserError) as error:
+        Verification.load(folder)
+    assert str(error.value) == (
+        f"{folder} is a run of vitprobe analyze, not of verify; read it with vitprobe.Profile.load"
+    )
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    whole = (folder / CORRECTNESS).read_bytes()
+    for broken in (whole[:100], b"", whole[:-1]):
+        (folder / CORRECTNESS).write_bytes(broken)
+        with pytest.raises(UserError) as error:
+            Verification.load(folder)
+        assert str(error.value).startswith(f"{folder / CORRECTNESS} cannot be read (")
+        assert str(error.value).endswith("); verify again with --overwrite") and "\n" not in str(error.value)
+
+
+def test_a_verification_is_no_profile(made, tmp_path):
+    with pytest.raises(UserError, match="holds no finished shard"):
+        Profile.load(made.save(tmp_path / "run"))
+
+
+def test_results_of_several_runs_are_refused(made):
+    fewer = made_verification(images=100)
+    with pytest.raises(AssertionError, match="results of several runs"):
+        Verification(made.manifest, made.images, made.labels, [*made.results, *fewer.results])
