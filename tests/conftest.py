@@ -11,6 +11,8 @@ from hypothesis import settings
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 torch.set_num_threads(1)  # the workers of pytest-xdist share the cores
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anybody imports triton: our kernel runs in Python
 
 # The same examples each time, and no time limit for each: the machine may be busy.
 settings.register_profile("vitprobe", deadline=None, derandomize=True, max_examples=50)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vitprobe.attention.rows import RowSummary
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import Capture, capture
@@ -109,6 +110,11 @@ def random_view(
     query, key = (draw(batch, heads, tokens, dim).mul(sharpness**0.5).to(dtype) for _ in range(2))
     of_tokens = [draw(batch, tokens).abs().add(0.1).float() if norms else None for _ in range(4)]
     return AttentionView(0, query, key, dim**-0.5, bias, layout, *of_tokens)
+
+
+def tensors_of(rows: RowSummary) -> dict[str, Tensor]:
+    """What there is in a summary of rows, by name."""
+    return {name: value for name, value in vars(rows).items() if isinstance(value, Tensor)}
 
 
 @torch.no_grad()

@@ -92,6 +92,27 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [cost["way"] for cost in content["costs"]][:2] == ["papers", "every"]
 
 
+@pytest.mark.parametrize(
+    ("options", "device", "autocast"),
+    [
+        ([], "cuda", "bfloat16"),
+        (["--autocast", "float16"], "cuda", "float16"),
+        (["--autocast", "float32"], "cuda", None),
+        (["--device", "cpu"], "cpu", None),
+        (["--device", "cpu", "--autocast", "bfloat16"], "cpu", "bfloat16"),
+    ],
+)
+def test_a_gpu_is_measured_in_bfloat16(
+    options: list[str], device: str, autocast: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench, "benchmark", lambda **options: given.update(options) or [])
+    result = CliRunner().invoke(main, ["bench", *options])
+    assert result.exit_code == 0, result.output
+    assert (given["device"], given["autocast"]) == (device, autocast)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_gpu() -> None:
     result = CliRunner().invoke(main, ["bench", "--device", "cuda"])

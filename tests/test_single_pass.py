@@ -209,7 +209,10 @@ def test_a_device_without_a_kernel() -> None:
 def test_unknown_kernel() -> None:
     with pytest.raises(UserError) as error:
         capture(tiny_vit(), kernel="flash")
-    assert message(error) == "kernel='flash' is not known; choose 'auto' (the fastest) or 'model' (the model's own)"
+    assert message(error) == (
+        "kernel='flash' is not known; choose 'auto' (the fastest), 'torch' (without Triton) or 'model' "
+        "(the model's own)"
+    )
 
 
 WAYS: dict[str, Callable[..., Tensor]] = {
@@ -226,3 +229,29 @@ def test_calls_of_other_shapes(way: str) -> None:
         with capture(model, keep="statistics") as attention:
             assert_close(model(images()), plain)
     assert attention.kernels == {"rows"}
+
+
+def test_what_is_not_asked_for_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_norms(tokens: Tensor) -> Tensor:
+        raise AssertionError("norms of tokens were computed")
+
+    model, x = tiny_vit(), images()
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr("vitprobe.hooks.blocks.token_norms", no_norms)
+        with capture(model, keep="statistics", statistics=PAPERS) as attention:
+            model(x)
+        with pytest.raises(AssertionError, match="norms"), capture(model, keep="statistics"):
+            model(x)
+    assert_all_close(attention.statistics(), captured(model).statistics(PAPERS))
+
+
+@pytest.mark.parametrize("statistics", [None, PAPERS])
+def test_the_cls_row_comes_from_the_same_pass(statistics: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def again(*args: object, **options: object) -> None:
+        raise AssertionError("rows were summarised once more")
+
+    monkeypatch.setattr("vitprobe.attention.view.summarize_rows", again)
+    model = tiny_vit(reg_tokens=2)
+    with torch.no_grad(), capture(model, keep="statistics", statistics=statistics) as attention:
+        model(images())
+    assert attention.kernels == {"rows" if statistics is None else "sums"}

@@ -15,33 +15,43 @@ _HOME = {
     "Profile": "vitprobe.profile.profile",
     "TokenLayout": "vitprobe.models.tokens",
     "UserError": "vitprobe.errors",
+    "Verification": "vitprobe.probing.verification",
+    "aggregation": None,
     "analyze": "vitprobe.profile.analysis",
     "capture": "vitprobe.hooks.capture",
     "figures": None,
     "hand_over": "vitprobe.hooks.handover",
     "list_models": "vitprobe.models.registry",
     "load_model": "vitprobe.models.loading",
+    "load_probe": "vitprobe.probing.saved",
     "open_images": "vitprobe.data.sources",
+    "probing": None,
     "statistics": None,
+    "verify": "vitprobe.probing.verify",
 }
 
 __all__ = [
     "Profile",
     "TokenLayout",
     "UserError",
+    "Verification",
     "__version__",
+    "aggregation",
     "analyze",
     "capture",
     "figures",
     "hand_over",
     "list_models",
     "load_model",
+    "load_probe",
     "open_images",
+    "probing",
     "statistics",
+    "verify",
 ]
 
 if TYPE_CHECKING:
-    from vitprobe import figures, statistics
+    from vitprobe import aggregation, figures, probing, statistics
     from vitprobe.data.sources import open_images
     from vitprobe.errors import UserError
     from vitprobe.hooks.capture import capture
@@ -49,6 +59,9 @@ if TYPE_CHECKING:
     from vitprobe.models.loading import load_model
     from vitprobe.models.registry import list_models
     from vitprobe.models.tokens import TokenLayout
+    from vitprobe.probing.saved import load_probe
+    from vitprobe.probing.verification import Verification
+    from vitprobe.probing.verify import verify
     from vitprobe.profile.analysis import analyze
     from vitprobe.profile.profile import Profile
 

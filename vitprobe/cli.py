@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import sys
-import textwrap
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,20 +15,12 @@ import click
 import vitprobe
 from vitprobe.errors import OUT_OF_MEMORY, UserError
 from vitprobe.profile.launch import launched, rank
+from vitprobe.screen import aligned, how, profile_table, wrapped
 
 if TYPE_CHECKING:
-    from vitprobe.profile.profile import Profile
+    from vitprobe.probing.verification import Verification
 
 BUNDLED = ("mae_vit_nano", "supervised_vit_nano")
-
-# The first three that a run has are printed; all are in summary.csv.
-HEADINGS = {
-    "cls_self_attention": "[cls] self-attention",
-    "cls_entropy_share": "[cls] entropy / log N",
-    "patch_self_attention_ratio": "patch self-attention",
-    "patch_entropy_share": "patch entropy / log N",
-    "attention_distance": "distance in patches",
-}
 
 
 class SomePath(click.Path):
@@ -150,10 +140,10 @@ def main() -> None:
 )
 @click.option(
     "--kernel",
-    type=click.Choice(["auto", "model"]),
+    type=click.Choice(["auto", "torch", "model"]),
     default="auto",
     show_default=True,
-    help="What gives attention's output: the fastest, or the model's own kernel with the statistics beside it.",
+    help="What gives attention's output: the fastest, that without Triton, or the model's own with statistics beside.",
 )
 @click.option(
     "--dtype-bound",
@@ -237,8 +227,8 @@ def _analyze(names: list[str], folders: list[Path], given: dict[str, Any], optio
             raise
         if not first:
             continue
-        click.echo(f"\n{_table(profile)}\n\n{_wrapped([*profile.diagnosis().lines, *_how(profile)])}")
-        _say_skipped(profile)
+        click.echo(f"\n{profile_table(profile)}\n\n{wrapped([*profile.diagnosis().lines, *how(profile)])}")
+        _say_skipped(profile.manifest)
         profiles.append(profile)
     if not first:
         return
@@ -248,6 +238,101 @@ def _analyze(names: list[str], folders: list[Path], given: dict[str, Any], optio
     if drawn:
         click.echo(f"\nfigures: {figures} ({', '.join(path.name for path in drawn if path.suffix == '.pdf')})")
     click.echo(f"every statistic: {', '.join(str(folder / 'summary.csv') for folder in folders)}")
+
+
+@main.command(short_help="Measure whether selective aggregation gives more than [cls].")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="An alias (vitprobe models), any timm name, hf-hub:… or hf:…; repeat for several.  [the bundled models]",
+)
+@click.option("--checkpoint", type=SomePath(), metavar="FILE", help="Weights for --model, or for --arch.")
+@click.option("--arch", metavar="NAME", help="The architecture of --checkpoint: an alias or a timm architecture.")
+@click.option(
+    "--data",
+    type=SomeText(),
+    metavar="PATH",
+    help="A folder with train/ and val/, tars of that shape, or TRAIN,TEST.  [scikit-learn's handwritten digits]",
+)
+@click.option(
+    "--aggregators",
+    type=SomeText(),
+    metavar="A,B,…",
+    help="Ways to aggregate, with options in brackets: abmilp(depth=2); docs/verification.md lists them.  "
+    "[cls,gap,abmilp,ep]",
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["fast", "cached", "knn", "logistic"]),
+    default="fast",
+    show_default=True,
+    help="How probes are trained and selected (docs/verification.md).",
+)
+@click.option(
+    "--block", "blocks", type=int, multiple=True, metavar="N", help="Read this block's tokens; repeatable.  [the last]"
+)
+@click.option("--norm/--no-norm", default=None, help="With the model's final norm on the tokens.  [the protocol's]")
+@click.option("--img-size", type=click.IntRange(min=1), metavar="S", help="Input size in pixels.  [the model's own]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the forward pass.  [the weights' own]",
+)
+@click.option("--workers", type=click.IntRange(min=0), metavar="W", help="Reading processes.  [chosen for the machine]")
+@click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …  [a GPU where there is one]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is drawn.")
+@click.option(
+    "--out",
+    type=SomePath(),
+    metavar="DIR",
+    help="The run's folder; for several models it holds a folder each.  [runs/verify-<model>-<time>]",
+)
+@click.option("--overwrite", is_flag=True, help="Replace a run that is in --out already.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out where it was broken off, or begin it.")
+def verify(
+    models: tuple[str, ...], checkpoint: Path | None, arch: str | None, out: Path | None, **options: Any
+) -> None:
+    """Train light probes on frozen tokens and measure what each way of aggregating them gives, with intervals.
+
+    The main line: vitprobe verify --model mae_vit_b --data IMAGENET
+    """
+    if options["resume"] and out is None:
+        raise UserError("--resume goes on with a run, and that needs its folder: give --out too")
+    names = _names(models, checkpoint, arch)
+    folders = _folders(names, out, "verify-")
+    given = {"checkpoint": checkpoint if models else None, "arch": arch}
+
+    from vitprobe.aggregation.registry import split_names
+    from vitprobe.figures import save_figure, selective_aggregation
+    from vitprobe.models.loading import require_loadable
+    from vitprobe.probing.verify import verify as run
+    from vitprobe.profile.folder import check_output
+
+    aggregators = options.pop("aggregators")
+    options["aggregators"] = None if aggregators is None else split_names(aggregators)
+    options["blocks"] = options["blocks"] or None
+    for name, folder in zip(names, folders, strict=True):  # what can be known is checked for all before any runs
+        check_output(folder, options["overwrite"], options["resume"])
+        require_loadable(name, **given, img_size=options["img_size"])
+    found = []
+    for name, folder in zip(names, folders, strict=True):
+        try:
+            found.append(run(name, **given, out=folder, **options))
+        except KeyboardInterrupt:
+            if (folder / "manifest.json").is_file():
+                click.echo(f"what was trained is kept: --out {folder} --resume goes on", err=True)
+            raise
+        verification = found[-1]
+        click.echo(f"\n{verification.name} ({verification.paradigm}) on {verification.data}\n{verification}")
+        _say_skipped(verification.manifest)
+    stem = (folders[0] if len(folders) == 1 else folders[0].parent) / "figures" / "selective_aggregation"
+    best = [each for each in ("abmilp", "ep") if all(_has(verification, each) for verification in found)]
+    if best:
+        drawn = save_figure(selective_aggregation(found, best), stem)
+        click.echo(f"\nfigure: {', '.join(map(str, drawn))}")
+    click.echo(f"every number: {', '.join(str(folder / 'accuracy.csv') for folder in folders)}")
 
 
 @main.command("models", short_help="List the models that have an alias.")
@@ -261,7 +346,7 @@ def list_models(words: tuple[str, ...], paradigm: str | None) -> None:
     if table.empty:
         raise UserError(f"no model matches {' '.join(words)!r}; vitprobe models lists them all")
     columns = ("name", "method", "paradigm", "architecture", "licence", "status")
-    click.echo(_aligned({column: table[column].astype(str).tolist() for column in columns}))
+    click.echo(aligned({column: table[column].astype(str).tolist() for column in columns}))
 
 
 @main.command(short_help="Draw several runs together.")
@@ -301,7 +386,11 @@ def figures(runs: tuple[Path, ...], out: Path, statistics: tuple[str, ...]) -> N
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images in a batch.")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Pairs of timings.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A CUDA GPU where there is one by default.")
-@click.option("--autocast", type=click.Choice(["bfloat16", "float16"]), help="Instead of the weights' own precision.")
+@click.option(
+    "--autocast",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What the forward pass runs in; bfloat16 on a GPU by default, else float32.",
+)
 @click.option("--out", type=SomePath(), help="Write the numbers to this JSON file too.")
 def bench(out: Path | None, device: str | None, **options: Any) -> None:
     """Time captures against the plain forward pass and the usual ways, paired, with random weights."""
@@ -312,6 +401,10 @@ def bench(out: Path | None, device: str | None, **options: Any) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU here: leave --device out, or choose cpu")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and options["autocast"] is None:
+        options["autocast"] = "bfloat16"
+    if options["autocast"] == "float32":
+        options["autocast"] = None
     costs = benchmark(device=device, progress=click.echo, **options)
     if out is not None:
         report(out, costs, {"device": device, **options})
@@ -328,71 +421,26 @@ def _names(models: tuple[str, ...], checkpoint: Path | None, arch: str | None) -
     return [str(checkpoint)] if checkpoint is not None else list(BUNDLED)
 
 
-def _folders(names: list[str], out: Path | None) -> list[Path]:
+def _folders(names: list[str], out: Path | None, prefix: str = "") -> list[Path]:
     """A run's folder for each model."""
     plain = ["".join(c if c.isalnum() or c in "._-" else "_" for c in Path(name).name) for name in names]
     if len(set(plain)) < len(plain):
         raise UserError("a --model was given twice; give each once")
     time = datetime.now().strftime("%Y%m%d-%H%M%S")
     if len(names) == 1:
-        return [out or Path("runs") / f"{plain[0]}-{time}"]
-    root = out or Path("runs") / f"{len(names)}-models-{time}"
+        return [out or Path("runs") / f"{prefix}{plain[0]}-{time}"]
+    root = out or Path("runs") / f"{prefix}{len(names)}-models-{time}"
     if (root / "manifest.json").exists():
         raise UserError(f"{root} is the run of one model, and {len(names)} need a folder each; give another --out")
     return [root / name for name in plain]
 
 
-def _table(profile: Profile) -> str:
-    """Three main statistics of each block with their intervals, for the screen."""
-    shown = [name for name in HEADINGS if name in profile.statistics][:3] or profile.statistics[:3]
-    table = profile.table(shown)
-    table = table[table["head"].isna()]
-    columns = {"block": [str(block) for block in range(profile.num_blocks)]}
-    for name in shown:
-        rows = table[table["statistic"] == name]
-        cells = zip(rows["center"], rows["ci_low"], rows["ci_high"], rows["interval"] != "none", strict=True)
-        about = " (geometric mean)" if {"log-t", "log-cs"} & set(rows["interval"]) else ""
-        columns[HEADINGS.get(name, name) + about] = [
-            f"{center:.4f} [{low:.4f}, {high:.4f}]" if known else f"{center:.4f}" for center, low, high, known in cells
-        ]
-    images = f"{profile.num_images} image{'s' * (profile.num_images != 1)}"
-    if profile.num_groups != profile.num_images:
-        images += f" in {profile.num_groups} independent groups"
-    title = f"{profile.name} ({profile.paradigm}), {images}; mean over heads [95 % interval]"
-    return f"{title}\n{_aligned(columns)}"
+def _has(verification: Verification, aggregator: str) -> bool:
+    return any(result.name.startswith(f"{aggregator}@") for result in verification.results)
 
 
-def _aligned(columns: dict[str, list[str]]) -> str:
-    """Columns of text under their headings."""
-    widths = [max(map(len, (heading, *cells))) for heading, cells in columns.items()]
-    rows = [list(columns), *zip(*columns.values(), strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _wrapped(lines: list[str]) -> str:
-    """The first line, and the others indented under it, within the terminal."""
-    width = min(shutil.get_terminal_size().columns, 110)
-    indents = ["", *["  "] * (len(lines) - 1)]
-    return "\n".join(
-        textwrap.fill(line, width, initial_indent=indent, subsequent_indent=f"{indent}  ")
-        for line, indent in zip(lines, indents, strict=True)
-    )
-
-
-def _how(profile: Profile) -> list[str]:
-    """In which precision it ran, where that was asked for, and why it stopped, where the data decided that."""
-    from vitprobe.profile.dtype import dtype_line
-    from vitprobe.profile.stopping import stopping_line
-
-    stopping = profile.manifest.get("stopping")
-    lines = [dtype_line(profile.manifest["forward_dtype"]), None if stopping is None else stopping_line(stopping)]
-    return [line for line in lines if line is not None]
-
-
-def _say_skipped(profile: Profile) -> None:
-    skipped = profile.manifest["data"]["skipped"]
+def _say_skipped(manifest: dict[str, Any]) -> None:
+    skipped = manifest["data"]["skipped"]
     if skipped:
         click.echo(
             f"  skipped {len(skipped)} image(s) that could not be read; the first: {skipped[0]['name']} "

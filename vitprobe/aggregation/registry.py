@@ -58,6 +58,11 @@ def names() -> list[str]:
     return [*AGGREGATORS, f"{_ORACLE}<model>"]
 
 
+def split_names(text: str) -> list[str]:
+    """The names in a list such as `cls,abmilp(depth=2,activation=tanh)`: commas in brackets do not part them."""
+    return [name.strip() for name in re.split(r",(?![^()]*\))", text) if name.strip()]
+
+
 def create(name: str, *, dim: int, layout: TokenLayout | None = None, **options: Any) -> Aggregator:
     """An aggregator, its weights drawn from torch's global generator.
 

@@ -70,6 +70,10 @@ class ProductLogits:
         everything = Part(slice(None), slice(None), rows)
         return logits if self._bias is None else logits + self._bias_of(everything)[..., : self.prefix]
 
+    def own(self) -> Tensor:
+        """Logits of each token for itself, without any bias, `(B, H, T)`."""
+        return self._scale * torch.linalg.vecdot(*self._wide)
+
     def whole(self) -> Tensor:
         """All of them, `(B, H, T, T)`."""
         query, key = self._wide

@@ -40,6 +40,8 @@ class RowSummary:
             is masked from all of them; None where it was not asked for.
         distance: mean distance in patches from each row to the patch keys it attends to, `(B, H, R)`; NaN alike; None
             alike, and for rows of prefix tokens, which have no place on the grid.
+        first: of patch rows, the same of the first row of all ([cls] where there is one) and perhaps others behind it,
+            if the pass went over it too.
     """
 
     log_z: Float[Tensor, "batch head row"]
@@ -48,6 +50,7 @@ class RowSummary:
     prefix_logits: Float[Tensor, "batch head row prefix"]
     entropy: Float[Tensor, "batch head row"] | None = None
     distance: Float[Tensor, "batch head row"] | None = None
+    first: RowSummary | None = None
 
 
 def summarize_rows(
@@ -79,7 +82,7 @@ def summarize_rows(
         log_z_patches, self_logits = _new(logits, batch, heads, count), _new(logits, batch, heads, count)
         entropy = _new(logits, batch, heads, count) if entropies else None
         distance = _new(logits, batch, heads, count) if distances else None
-        values = None if value is None else value[:, :, prefix:].to(logits.dtype).contiguous()
+        values = None if value is None else value[:, :, prefix:].to(logits.dtype)
         parts = list(_parts(logits, layout.num_patches, start, stop, part_bytes))
         size = max((_numel(logits, part) * layout.num_patches for part in parts), default=0)
         workspace, weights_of = _new(logits, size), _new(logits, size)
@@ -134,11 +137,12 @@ def merge_prefix(
     prefix_logits: Float[Tensor, "batch head row prefix"],
 ) -> None:
     """Makes attention's output over the patch keys alone, in place, that over all keys."""
-    prefix = prefix_logits.shape[-1]
-    if prefix:
-        weights = torch.exp(prefix_logits - log_z[..., None])
-        output *= torch.exp(log_z_patches - log_z)[..., None]
-        output += weights @ value[:, :, :prefix].to(weights.dtype)
+    if prefix_logits.shape[-1] == 0:
+        return
+    weights = torch.exp(prefix_logits - log_z[..., None])
+    output *= torch.exp(log_z_patches - log_z)[..., None]
+    for column, of_token in enumerate(weights.split(1, dim=-1)):  # in place: their product takes as much memory again
+        output.addcmul_(of_token, value[:, :, column : column + 1].to(weights.dtype))
 
 
 def _parts(logits: Logits, patches: int, start: int, stop: int, part_bytes: int | None) -> Iterator[Part]:

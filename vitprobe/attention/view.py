@@ -94,6 +94,8 @@ class AttentionView:
     @cached_property
     def cls_row(self) -> RowSummary:
         """Of the first row alone, [cls] where there is one: what its weights were divided by, and its entropy."""
+        if self.measured is not None and self.measured.first is not None:
+            return self.measured.first
         return summarize_rows(self.source, self.layout, slice(0, 1))
 
     @property

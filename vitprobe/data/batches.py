@@ -115,9 +115,18 @@ def iterate(
     Raises:
         UserError: for images of different sizes, a transform that gives no image, or workers that die.
     """
-    if batch_size < 1 or workers < 0:
-        raise UserError(f"batch size {batch_size} with {workers} workers cannot be: at least 1, and 0 workers or more")
+    check_batching(batch_size, workers)
     return load(images, order, cut(range(len(order)), batch_size), transform, workers, pin_memory, start_method)
+
+
+def check_batching(batch_size: int, workers: int | None) -> None:
+    """Returns where there can be such batches.
+
+    Raises:
+        UserError: where there cannot.
+    """
+    if batch_size < 1 or (workers or 0) < 0:
+        raise UserError(f"batch size {batch_size} with {workers} workers cannot be: at least 1, and 0 workers or more")
 
 
 def cut(positions: range, size: int) -> list[range]:

@@ -66,7 +66,7 @@ def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
         kind, _, name = data.partition(":")
         return open_hub(name, groups, streamed=kind == "hfids")
     if isinstance(data, str | os.PathLike):
-        return _open_path(_path(data), groups)
+        return _open_path(path_of(data), groups)
     if isinstance(data, DataLoader):
         return LoaderImages(data, groups)
     if isinstance(data, Tensor):
@@ -84,7 +84,12 @@ def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
     )
 
 
-def _path(given: str | os.PathLike) -> Path:
+def path_of(given: str | os.PathLike) -> Path:
+    """The path that a user wrote, "~" taken for the home folder.
+
+    Raises:
+        UserError: for an empty one.
+    """
     if given == "":  # Path would take it for the current folder
         raise UserError("the path of the images is empty: give a folder, a .tar or an image file")
     return Path(os.path.expanduser(given))  # noqa: PTH111 - Path's own raises where there is no such user
@@ -185,7 +190,7 @@ def _item(item: Any, position: int) -> Path | Image.Image | Tensor:
     if isinstance(item, Image.Image):
         return item
     if isinstance(item, str | os.PathLike):
-        path = _path(item)
+        path = path_of(item)
         if path.is_dir():
             raise UserError(f"{printable(str(path))} is a folder: a list takes image files; give the folder alone")
         if not path.exists():

@@ -57,22 +57,28 @@ def hook_block(
     wanted: Callable[[], bool],
     started: Callable[[BlockRecord], None],
     finished: Callable[[BlockRecord], None],
+    *,
+    norms: bool = True,
 ) -> list[RemovableHandle]:
-    """Hook `block` so that `started` and `finished` get the record of each of its runs that is `wanted`."""
+    """Hook `block` so that `started` and `finished` get the record of each of its runs that is `wanted`.
+
+    Without `norms`, which cost a pass over the tokens each, the records hold attention calls alone.
+    """
     running: list[BlockRecord] = []  # the record of the run under way, if that is wanted
-    branches = attention_branches(block)
+    branches = attention_branches(block) if norms else []
     checked = any(branch.others for branch in branches)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running.clear()  # an aborted run is left behind here
         if wanted():
-            running.append(BlockRecord(index, tensor_of((*args, *kwargs.values())), len(branches), checked))
+            residual = tensor_of((*args, *kwargs.values())) if norms else None
+            running.append(BlockRecord(index, residual, len(branches), checked))
             started(running[0])
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if running:
             record = running.pop()
-            tokens = tensor_of(output)
+            tokens = tensor_of(output) if norms else None
             record.output_norms = None if tokens is None else token_norms(tokens)
             finished(record)
 

@@ -20,13 +20,13 @@ from vitprobe.hooks.single_pass import measure
 from vitprobe.hooks.transformers_kernels import watch_kernels
 from vitprobe.hooks.views import views_of
 from vitprobe.models.anatomy.find import find_anatomy
-from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor
+from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor, use_fused_attention
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import compute_statistics, select
 from vitprobe.statistics.table import Asks, available_needs
 
 Keep = Literal["qk", "statistics"]
-Kernel = Literal["auto", "model"]
+Kernel = Literal["auto", "torch", "model"]
 
 
 def capture(
@@ -53,7 +53,8 @@ def capture(
         layout: which token is what, for a bare module of which that is not found.
         blocks: the transformer blocks in the order in which they run, likewise.
         kernel: with keep="statistics", "auto" computes attention's output along with the statistics where that saves a
-            pass (it differs from the model's own by rounding); "model" leaves every call to the model.
+            pass (it differs from the model's own by rounding); "torch" does so without the Triton kernel that "auto"
+            takes on a GPU; "model" leaves every call to the model.
 
     Raises:
         AttentionNotSeenError: for a model whose blocks or patch grid are not found, of an unsupported kind, or inside
@@ -87,8 +88,11 @@ def check_kernel(kernel: str) -> None:
     Raises:
         UserError: where it is not.
     """
-    if kernel not in ("auto", "model"):
-        raise UserError(f"kernel={kernel!r} is not known; choose 'auto' (the fastest) or 'model' (the model's own)")
+    if kernel not in get_args(Kernel):
+        raise UserError(
+            f"kernel={kernel!r} is not known; choose 'auto' (the fastest), 'torch' (without Triton) or 'model' (the "
+            f"model's own)"
+        )
 
 
 class Capture:
@@ -102,7 +106,8 @@ class Capture:
         pooling_attention: with keep="qk", the attention calls of a forward pass outside its blocks: the pooling of
             its head, from one or a few learned queries to all tokens. They are in no statistic.
         undefined: statistics that this model does not have, with the reason; filled by a forward pass.
-        kernels: which kernels gave attention's output: "rows", "sums" (see `hooks.single_pass.measure`) or "model".
+        kernels: which kernels gave attention's output: "fused", "rows", "sums" or "model" (see
+            `hooks.single_pass.measure`).
         signed: whether its attention is a difference A1 − λ·A2, whose weights may be negative (differential attention).
     """
 
@@ -128,6 +133,7 @@ class Capture:
         asked = {statistic.asks for statistic in select(self._names)}
         # The dearest, which comes last.
         self._asks: Asks = next(asks for asks in reversed(get_args(Asks)) if asks in asked)
+        self._norms = keep == "qk" or any(statistic.needs & {"residual", "update"} for statistic in select(self._names))
         self._blocks = anatomy.blocks
         self._batch = 0  # images in the last forward pass
         # Of each block, for each forward pass: its views, or the values of its views.
@@ -153,16 +159,17 @@ class Capture:
             ]
             for index, block in enumerate(self._blocks):
                 handles += hook_block(
-                    block, index, self._in_pass, _untraced(self._block_started), _untraced(self._block_finished)
+                    block,
+                    index,
+                    self._in_pass,
+                    _untraced(self._block_started),
+                    _untraced(self._block_finished),
+                    norms=self._norms,
                 )
             for handle in handles:
                 stack.callback(handle.remove)
-            for module in self._blocks:
-                for part in module.modules():
-                    # Hand-written softmax is what a module falls back to when fused attention was switched off.
-                    if getattr(part, "fused_attn", None) is False:
-                        part.fused_attn = True  # type: ignore[assignment]
-                        stack.callback(setattr, part, "fused_attn", False)
+            # Hand-written softmax is what a module falls back to when fused attention was switched off.
+            use_fused_attention(self._blocks, stack)
             self.anatomy.prepare(stack)
             watch_kernels(stack, self.module)
             stack.enter_context(self._watcher)
@@ -217,8 +224,8 @@ class Capture:
         """Take an attention call; whether it belongs to a block."""
         if self._running is not None:
             self._running.calls.append(call)
-            if self.keep == "statistics" and self._kernel == "auto" and isinstance(self.layouts, TokenLayout):
-                self.kernels.add(measure(call, self.layouts, self._asks))
+            if self.keep == "statistics" and self._kernel != "model" and isinstance(self.layouts, TokenLayout):
+                self.kernels.add(measure(call, self.layouts, self._asks, self._kernel))
             return True
         if self._in_forward and self.keep == "qk" and call.logits is None and not _in_backward():
             self.pooling_attention.append(call)

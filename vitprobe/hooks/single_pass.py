@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.overrides import has_torch_function
 
+from vitprobe.attention.fused import attend_with_rows
 from vitprobe.attention.kernels import attend_with_normaliser
 from vitprobe.attention.logits import ProductLogits
 from vitprobe.attention.precision import exact_float32
@@ -15,22 +18,28 @@ from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics.table import Asks
 
 
-def measure(call: AttentionCall, layout: TokenLayout, asks: Asks) -> str:
+def measure(call: AttentionCall, layout: TokenLayout, asks: Asks, kernel: str = "auto") -> str:
     """Gives a call its output and the sums or rows that its statistics ask for, where one pass serves both.
 
     Args:
         call: of `F.scaled_dot_product_attention`; gets `output` and `measured`.
         layout: the tokens it should be over.
         asks: the dearest that the statistics ask for.
+        kernel: "auto", or "torch" to do without Triton.
 
     Returns:
-        Which kernel ran: "rows" (ours: every weight once, for the output and the statistics), "sums" (torch's fused
-        kernel over the patches, with its logsumexp, the prefix merged), or "model" (the model's own call goes on, and
-        the statistics are computed beside it).
+        Which kernel ran: "fused" (ours for a GPU, see `attention.fused`), "rows" (ours: every weight once, for the
+        output and the statistics), "sums" (torch's fused kernel over the patches, with its logsumexp, the prefix
+        merged), or "model" (the model's own call goes on, and the statistics are computed beside it).
     """
     query, key, value = call.query, call.key, call.value
     if query is None or key is None or value is None or not _eligible(call, query, value, layout):
         return "model"
+    if kernel == "auto" and asks in ("sums", "rows"):
+        found = attend_with_rows(query, key, value, call.scale, call.bias, layout, distances=asks == "rows")
+        if found is not None:
+            call.output, call.measured = found
+            return "fused"
     if asks == "rows" and query.dtype in (torch.float32, torch.float64):
         _measure_rows(call, query, key, value, layout)
         return "rows"
@@ -59,10 +68,10 @@ def _measure_rows(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor
     logits = ProductLogits(query, key, call.scale, call.bias, prefix)
     # Laid out as torch's kernel does it, so that joining the heads behind it is no copy.
     output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
-    if prefix:
-        summarize_rows(logits, layout, slice(0, prefix), entropies=False, value=value, output=output)
-    call.measured = summarize_rows(logits, layout, layout.patches, value=value, output=output)
-    call.output = output
+    value = value.contiguous()  # once for both passes; products of strided values are slow
+    first = summarize_rows(logits, layout, slice(0, prefix), value=value, output=output) if prefix else None
+    patches = summarize_rows(logits, layout, layout.patches, value=value, output=output)
+    call.measured, call.output = replace(patches, first=first), output
 
 
 def _measure_sums(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> bool:
@@ -82,7 +91,7 @@ def _measure_sums(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor
         call.output = merged.to(query.dtype)
         of_patches = log_z_patches[:, :, patches]
         # Two products round differently; no weight exceeds the sum that it is a part of.
-        wide = (tensor[:, :, patches].to(logits.dtype) for tensor in (query, key))
-        own = torch.minimum(call.scale * torch.linalg.vecdot(*wide), of_patches)
-        call.measured = RowSummary(log_z[:, :, patches], of_patches, own, prefix_logits[:, :, patches])
+        own = torch.minimum(logits.own()[:, :, patches], of_patches)
+        first = summarize_rows(logits, layout, slice(0, 1)) if layout.has_cls else None
+        call.measured = RowSummary(log_z[:, :, patches], of_patches, own, prefix_logits[:, :, patches], first=first)
     return True

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from vitprobe.data.batches import Batch
 from vitprobe.data.images import printable
+from vitprobe.data.prefetch import on_their_way
 from vitprobe.data.shards import Share
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import capture, check_kernel
@@ -81,7 +82,8 @@ def analyze(
             that is measured to change no statistic of the first images by more than `dtype_bound`); the weights' own
             precision without. Statistics are computed in float32 in any case.
         dtype_bound: the error that "auto" allows, of |a − b| / max(0.01, |b|).
-        kernel: "auto" or "model", as for `capture`: which kernel gives attention's output; the manifest says what ran.
+        kernel: "auto", "torch" or "model", as for `capture`: which kernel gives attention's output; the manifest says
+            what ran.
         batch_size: images a batch, at most a shard's 64; sized to the free memory without, and halved where that runs
             out.
         workers: processes that read images; chosen for the machine without.
@@ -187,7 +189,7 @@ def _go(work: Work, run: Run, share: Share, progress: bool | None) -> Profile:
             torch.inference_mode(),
         ):
             measure = Measurement(work.model, attention, work.device, manifest["batch_size"], manifest["out_of_memory"])
-            for batch in _settle_dtype(work, run, measure, batches):
+            for batch in on_their_way(_settle_dtype(work, run, measure, batches), work.device):
                 finished = run.add(batch, measure(batch) if len(batch) else None, attention)
                 bar.update(len(batch) + len(batch.skipped))
                 if finished and run.enough():

@@ -81,6 +81,15 @@ def read_images(
     return read
 
 
+def use_fused_attention(blocks: Iterable[nn.Module], stack: ExitStack) -> None:
+    """Switches fused attention on where it was switched off in a timm model; the stack switches it off again."""
+    for module in blocks:
+        for part in module.modules():
+            if getattr(part, "fused_attn", None) is False:
+                part.fused_attn = True  # type: ignore[assignment]
+                stack.callback(setattr, part, "fused_attn", False)
+
+
 def first_tensor(values: Iterable[Any]) -> Tensor | None:
     """The tensor that comes first in `values`, or None."""
     return next((value for value in values if isinstance(value, Tensor)), None)
