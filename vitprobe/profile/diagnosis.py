@@ -161,13 +161,13 @@ def _verdict(profile: Measured, found: dict[str, Estimate]) -> tuple[str, str]:
         )
     elif "bad" in signs:
         step = (
-            "next: [cls] may miss what the patches hold; probe a selective aggregation of the patch tokens (attention "
-            "pooling such as AbMILP) against [cls] and their average before you settle on [cls]"
+            "next: [cls] may miss what the patches hold; measure selective aggregations of the patch tokens against "
+            "[cls] and their average (vitprobe verify) before you settle on [cls]"
         )
     elif "unclear" in signs:
         step = (
-            "next: attention alone does not settle whether [cls] aggregates well here; probe [cls], the average of the "
-            "patch tokens and a selective aggregation of them (attention pooling such as AbMILP) against each other"
+            "next: attention alone does not settle whether [cls] aggregates well here; measure [cls], the average of "
+            "the patch tokens and selective aggregations of them against each other (vitprobe verify)"
         )
     else:
         step = (
