@@ -50,7 +50,7 @@ def test_a_selfish_cls_is_called_so_with_numbers_intervals_and_baselines(shipped
     assert f"log 64 = {math.log(64):.2f} nats (uniform attention: 100.0 %; random weights: 100.0 %)" in entropy
     assert "a patch gives 12.0 %" in patches
     assert "uniform attention: 1.56 %" in patches
-    assert diagnosis.next_step.startswith("next: [cls] may miss what the patches hold; probe a selective aggregation")
+    assert diagnosis.next_step.startswith("next: [cls] may miss what the patches hold; measure selective aggregations")
     assert str(diagnosis).splitlines() == [diagnosis.verdict, *(f"  {line}" for line in diagnosis.lines[1:])]
 
 

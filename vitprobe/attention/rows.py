@@ -9,8 +9,8 @@ mass, that subtraction would leave nothing but rounding. The N×N matrix exists 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -127,6 +127,17 @@ def summarize_rows(
         if output is not None and value is not None:
             merge_prefix(output[:, :, rows], value, log_z_patches, log_z, prefix_logits)
         return RowSummary(log_z, log_z_patches, self_logits, prefix_logits, entropy, distance)
+
+
+def join_heads(summaries: Sequence[RowSummary]) -> RowSummary:
+    """One summary of the heads of several, in their order; it has what all of them have."""
+    firsts = [summary.first for summary in summaries if summary.first is not None]
+    found: dict[str, Tensor] = {}
+    for name in (field.name for field in fields(RowSummary) if field.name != "first"):
+        parts = [getattr(summary, name) for summary in summaries]
+        if not any(part is None for part in parts):
+            found[name] = torch.cat(parts, dim=1)
+    return RowSummary(**found, first=join_heads(firsts) if len(firsts) == len(summaries) else None)
 
 
 def merge_prefix(

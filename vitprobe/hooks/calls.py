@@ -57,6 +57,18 @@ class AttentionCall:
         assert self.query is not None and self.key is not None
         return self.query.shape[-2], self.key.shape[-2]
 
+    def take_output(self) -> Tensor:
+        """The output that was computed here: the model's from then on, as the MLP should not wait for its memory."""
+        output, self.output = self.output, None
+        assert output is not None
+        return output
+
+    def release(self) -> None:
+        """Lets go of all that was measured, for the same reason; queries and keys keep their shapes alone."""
+        self.value = self.bias = None
+        if self.query is not None and self.key is not None:
+            self.query, self.key = (of.new_zeros(()).expand(of.shape) for of in (self.query, self.key))
+
 
 def read_call(
     query: Tensor,

@@ -226,6 +226,8 @@ class Capture:
             self._running.calls.append(call)
             if self.keep == "statistics" and self._kernel != "model" and isinstance(self.layouts, TokenLayout):
                 self.kernels.add(measure(call, self.layouts, self._asks, self._kernel))
+                if call.measured is not None:
+                    call.release()
             return True
         if self._in_forward and self.keep == "qk" and call.logits is None and not _in_backward():
             self.pooling_attention.append(call)

@@ -43,7 +43,7 @@ class AttentionWatcher(TorchFunctionMode):
             call = reader(*args, **kwargs)
             self.seen(call)
             # Otherwise handed on in full, so that a capture around this one sees it too.
-            return func(*args, **kwargs) if call.output is None else call.output
+            return func(*args, **kwargs) if call.output is None else call.take_output()
         output = func(*args, **kwargs)
         if self._followed:
             self._follow(func, args, kwargs, output)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitprobe.attention.rows import join_heads
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import AttentionNotSeenError
 from vitprobe.hooks.blocks import BlockRecord
@@ -95,7 +96,10 @@ def _view(
         if all(view.query is not None and view.bias is first.bias and view.scale == first.scale for view in views):
             query = torch.cat([view.query for view in views if view.query is not None], dim=1)
             key = torch.cat([view.key for view in views if view.key is not None], dim=1)
-            return replace(first, query=query, key=key, measured=None)
+            measured = None
+            if any(view.measured is not None for view in views):
+                measured = join_heads([view.measured or replace(view.patch_rows, first=view.cls_row) for view in views])
+            return replace(first, query=query, key=key, measured=measured)
     raise AttentionNotSeenError(
         f"{where} computed {len(views)} attentions that are not heads of one, so it has no single attention map; "
         f"{SHOW_IT}"
