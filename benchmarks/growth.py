@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from vitprobe.bench import pairs, peak_of
+from vitprobe.bench import in_a_fresh_process, pairs, peak_of
 from vitprobe.profile.analysis import analyze
 
 IMAGES = (1_000, 2_000, 5_000, 10_000, 20_000, 50_000)
@@ -88,8 +88,7 @@ def grow_tokens(rounds: int) -> None:
         cells = []
         for way in ASKED:
             plain, this = pairs(*two_blocks(side), way, rounds, None)
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-                peak, base = (pool.apply(memory, (side, each)) for each in (way, "plain"))
+            peak, base = (in_a_fresh_process(memory, side, each) for each in (way, "plain"))
             ratio = numbers.median(one / other for one, other in zip(this, plain, strict=True))
             share = f"{peak / base:.2f}×" if peak and base else "?"
             cells.append(f"{ratio:.2f}×, {share}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import statistics as numbers
 import time
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
@@ -30,6 +32,7 @@ from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model
 
 PASSES = {"cuda": 10}  # forward passes that are timed together, where one alone is over in milliseconds
+_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MKL_DISABLE_FAST_MM": "1"}  # of glibc and of Intel's library
 PAPERS = ("cls_self_attention", "cls_entropy", "patch_self_attention_ratio")
 
 
@@ -281,8 +284,16 @@ def _autocast(images: Tensor, autocast: str | None) -> Any:
 
 def _peak_memory(*setting: Any) -> float | None:
     """Bytes that one pass takes at its peak above the model at rest, from a fresh process; None where unreadable."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_in_this_process, setting)
+    return in_a_fresh_process(_peak_in_this_process, *setting)
+
+
+def in_a_fresh_process(function: Callable[..., float | None], *arguments: Any) -> float | None:
+    """What a function gives in a process of its own, whose memory goes back to the system as soon as it is freed.
+
+    Otherwise what an allocator keeps for later would count, and differ from run to run by more than what is measured.
+    """
+    with patch.dict(os.environ, _GIVE_BACK), multiprocessing.get_context("spawn").Pool(1) as pool:  # read at its start
+        return pool.apply(function, arguments)
 
 
 def _peak_in_this_process(
