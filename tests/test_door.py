@@ -28,6 +28,9 @@ for _ in range(2):
     assert len(attention) == 12
     profile = vitprobe.analyze(model, torch.randn(2, 3, 32, 32), statistics=["cls_entropy"])
     assert isinstance(profile, vitprobe.Profile)
+    assert callable(vitprobe.verify) and callable(vitprobe.load_probe) and vitprobe.Verification.load
+    assert "abmilp" in vitprobe.aggregation.names() and vitprobe.probing.PROTOCOLS["fast"].seeds >= 3
+    assert vitprobe.aggregation.create("ep", dim=64).num_parameters == 64 * 64 + 32 * 64
 print("fine")
 """
 

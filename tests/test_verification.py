@@ -172,7 +172,8 @@ def test_what_is_no_verification_is_one_line(made, tmp_path):
     with pytest.raises(UserError) as error:
         Verification.load(folder)
     assert str(error.value) == (
-        f"{folder} is a run of vitprobe analyze, not of verify; read it with vitprobe.Profile.load"
+        f"{folder} is a run of vitprobe analyze, not of verify: give another folder (vitprobe.Profile.load reads this "
+        "one)"
     )
     (folder / MANIFEST).write_text(json.dumps(manifest))
     whole = (folder / CORRECTNESS).read_bytes()
@@ -185,7 +186,7 @@ def test_what_is_no_verification_is_one_line(made, tmp_path):
 
 
 def test_a_verification_is_no_profile(made, tmp_path):
-    with pytest.raises(UserError, match="holds no finished shard"):
+    with pytest.raises(UserError, match="is a run of vitprobe verify, not of analyze: give another folder"):
         Profile.load(made.save(tmp_path / "run"))
 
 

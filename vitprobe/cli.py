@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vitprobe.probing.verification import Verification
 
 BUNDLED = ("mae_vit_nano", "supervised_vit_nano")
+SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what verify's figure shows, and its name
 
 
 class SomePath(click.Path):
@@ -314,24 +316,32 @@ def verify(
     options["aggregators"] = None if aggregators is None else split_names(aggregators)
     options["blocks"] = options["blocks"] or None
     for name, folder in zip(names, folders, strict=True):  # what can be known is checked for all before any runs
-        check_output(folder, options["overwrite"], options["resume"])
+        check_output(folder, options["overwrite"], options["resume"], "verify")
         require_loadable(name, **given, img_size=options["img_size"])
-    found = []
+    root = folders[0] if len(folders) == 1 else folders[0].parent
+    earlier = _earlier_figures(root / "figures", [BARS])
+    if earlier and not (options["overwrite"] or options["resume"]):
+        raise UserError(f"{root / 'figures'} holds another run's figure; pass --overwrite to replace it")
+    found: list[Verification] = []
     for name, folder in zip(names, folders, strict=True):
         try:
             found.append(run(name, **given, out=folder, **options))
         except KeyboardInterrupt:
-            if (folder / "manifest.json").is_file():
-                click.echo(f"what was trained is kept: --out {folder} --resume goes on", err=True)
+            if any((each / "manifest.json").is_file() for each in folders):
+                click.echo(f"what was saved is kept: the same command with --out {root} --resume goes on", err=True)
             raise
         verification = found[-1]
         click.echo(f"\n{verification.name} ({verification.paradigm}) on {verification.data}\n{verification}")
+        _say_left_out(verification.manifest)
         _say_skipped(verification.manifest)
-    stem = (folders[0] if len(folders) == 1 else folders[0].parent) / "figures" / "selective_aggregation"
-    best = [each for each in ("abmilp", "ep") if all(_has(verification, each) for verification in found)]
-    if best:
-        drawn = save_figure(selective_aggregation(found, best), stem)
-        click.echo(f"\nfigure: {', '.join(map(str, drawn))}")
+    for path in earlier:
+        path.unlink(missing_ok=True)
+    try:
+        axes = selective_aggregation(found, _worth_drawing(found))
+    except UserError as error:  # the numbers are there all the same
+        click.echo(f"\nno figure: {error}", err=True)
+    else:
+        click.echo(f"\nfigure: {', '.join(map(str, save_figure(axes, root / 'figures' / BARS)))}")
     click.echo(f"every number: {', '.join(str(folder / 'accuracy.csv') for folder in folders)}")
 
 
@@ -413,7 +423,7 @@ def bench(out: Path | None, device: str | None, **options: Any) -> None:
 def _names(models: tuple[str, ...], checkpoint: Path | None, arch: str | None) -> list[str]:
     """What to load: the models, else the checkpoint, else the bundled ones."""
     if checkpoint is not None and len(models) > 1:
-        raise UserError("--checkpoint fits one --model; run vitprobe analyze once for each checkpoint")
+        raise UserError("--checkpoint fits one --model; run the command once for each checkpoint")
     if checkpoint is None and arch is not None:
         raise UserError("--arch says what a --checkpoint is; give --checkpoint FILE too, or --model NAME instead")
     if models:
@@ -435,8 +445,25 @@ def _folders(names: list[str], out: Path | None, prefix: str = "") -> list[Path]
     return [root / name for name in plain]
 
 
-def _has(verification: Verification, aggregator: str) -> bool:
-    return any(result.name.startswith(f"{aggregator}@") for result in verification.results)
+def _worth_drawing(found: list[Verification]) -> list[str]:
+    """The aggregators of a figure: the paper's and EP where every model has one of them, else what all models have."""
+    of_each = [[result.name.partition("@")[0] for result in verification.results] for verification in found]
+    baselines = {str(over).partition("@")[0] for verification in found for over in verification.table()["gain_over"]}
+    common = [name for name in dict.fromkeys(of_each[0]) if all(name in names for names in of_each)]
+    return [name for name in SELECTIVE if name in common] or [name for name in common if name not in baselines]
+
+
+def _say_left_out(manifest: dict[str, Any]) -> None:
+    for name, reason in manifest["undefined"].items():
+        click.echo(f"  left out: {name} ({reason})", err=True)
+    diverged = manifest["diverged"]
+    if diverged:
+        name, reason = next(iter(diverged.items()))
+        click.echo(
+            f"  {len(diverged)} probe(s) diverged and were retired; the first: {name} ({reason}); all are named in "
+            f"manifest.json",
+            err=True,
+        )
 
 
 def _say_skipped(manifest: dict[str, Any]) -> None:
@@ -457,11 +484,11 @@ def _say_what_is_left(folders: list[Path]) -> None:
         )
 
 
-def _earlier_figures(folder: Path) -> list[Path]:
-    """The figures that a run left in a folder."""
+def _earlier_figures(folder: Path, stems: Iterable[str] | None = None) -> list[Path]:
+    """The figures, without their names the paper's, that a run left in a folder."""
     from vitprobe.figures.saving import FORMATS, PAPER_FIGURES
 
-    return [path for stem in PAPER_FIGURES for kind in FORMATS if (path := folder / f"{stem}.{kind}").exists()]
+    return [path for stem in stems or PAPER_FIGURES for kind in FORMATS if (path := folder / f"{stem}.{kind}").exists()]
 
 
 if __name__ == "__main__":

@@ -110,7 +110,12 @@ class TokenCache:
         return np.setdiff1d(np.arange(self._done), self._bad)
 
     def fill(
-        self, batch_size: int, *, workers: int | None = None, progress: Callable[[int], Any] | None = None
+        self,
+        batch_size: int,
+        *,
+        workers: int | None = None,
+        begin: Callable[[], Any] | None = None,
+        progress: Callable[[int], Any] | None = None,
     ) -> None:
         """Compute and store what is missing.
 
@@ -119,6 +124,7 @@ class TokenCache:
         Args:
             batch_size: images a forward pass.
             workers: as for `batches`.
+            begin: called before anything is written, when the first tokens are there.
             progress: called with the number of images done after each batch.
 
         Raises:
@@ -127,15 +133,15 @@ class TokenCache:
         """
         if self.complete:
             return
-        with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self._done:
-                for tap in self._frozen.taps:
-                    self._path(tap).write_bytes(self._header)
         transform, order = self._frozen.model.transform, range(self._done, len(self._split))
         with closing(batches(self._split, transform, batch_size, order=order, workers=workers)) as loaded:
-            for batch in loaded:
-                self._store(batch)
+            for number, batch in enumerate(loaded):
+                content = self._content(batch)
+                if not number:
+                    if begin is not None:
+                        begin()
+                    self._make_files()
+                self._store(batch, content)
                 if progress is not None:
                     progress(len(batch.indices) + len(batch.skipped))
 
@@ -156,17 +162,31 @@ class TokenCache:
             for tap in self._frozen.taps
         }
 
-    def _store(self, batch: LabelledBatch) -> None:
+    def _content(self, batch: LabelledBatch) -> dict[Tap, np.ndarray]:
+        """What a batch adds to each file."""
+        names = [self._split.ids[index] for index in batch.indices]
+        rows = np.array(batch.indices, np.int64) - self._done
+        given = self._frozen(batch.pixels, names) if names else {}
+        content = {}
+        for tap in self._frozen.taps:
+            count = len(names) + len(batch.skipped)  # of those that could not be read too
+            content[tap] = np.zeros((count, *self._shape[1:]), np.float16)
+            if names:
+                content[tap][rows] = self._halved(given[tap].tokens, tap, names)
+        return content
+
+    def _make_files(self) -> None:
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not self._done:
+                for tap in self._frozen.taps:
+                    self._path(tap).write_bytes(self._header)
+
+    def _store(self, batch: LabelledBatch, content: Mapping[Tap, np.ndarray]) -> None:
         """One batch: first the tokens, then the word that they are there."""
         positions = range(self._done, self._done + len(batch.indices) + len(batch.skipped))
-        names = [self._split.ids[index] for index in batch.indices]
-        rows = np.array(batch.indices, np.int64) - positions.start
-        given = self._frozen(batch.pixels, names) if names else {}
         for tap in self._frozen.taps:
-            content = np.zeros((len(positions), *self._shape[1:]), np.float16)  # of those that could not be read too
-            if names:
-                content[rows] = self._halved(given[tap].tokens, tap, names)
-            self._write(self._path(tap), positions.start, content)
+            self._write(self._path(tap), positions.start, content[tap])
         self._bad += sorted(set(positions) - set(batch.indices))
         self.skipped += batch.skipped
         self._done = positions.stop

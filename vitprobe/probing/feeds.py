@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,14 +36,6 @@ class Fed(NamedTuple):
         return len(self.indices) + len(self.skipped)
 
 
-class Feed(Protocol):
-    """Gives the tokens of a labelled set's images."""
-
-    def __call__(self, order: Sequence[int], epoch: int | None = None) -> Generator[Fed, None, None]:
-        """The images at some positions, a batch at a time; with an epoch's augmentation where one is named."""
-        ...
-
-
 @dataclass(frozen=True)
 class ImageFeed:
     """Images through the frozen model, augmented in training.
@@ -65,7 +57,7 @@ class ImageFeed:
     workers: int | None = None
 
     def __call__(self, order: Sequence[int], epoch: int | None = None) -> Generator[Fed, None, None]:
-        """See `Feed`."""
+        """The images at some positions, a batch at a time; with an epoch's augmentation where one is named."""
         loaded = batches(
             self.split,
             self.frozen.model.transform,
@@ -101,7 +93,7 @@ class CacheFeed:
     device: torch.device
 
     def __call__(self, order: Sequence[int], epoch: int | None = None) -> Generator[Fed, None, None]:
-        """See `Feed`."""
+        """The images at some positions, a batch at a time."""
         readable, reasons = set(self.cache.readable.tolist()), dict(self.cache.skipped)
         for positions in cut(range(len(order)), self.batch_size):
             here = [order[position] for position in positions]
@@ -111,3 +103,6 @@ class CacheFeed:
             tokens = {tap: replace(batch, tokens=batch.tokens.to(self.device)) for tap, batch in stored}
             labels = torch.from_numpy(self.split.labels[np.array(good, np.int64)]).to(self.device)
             yield Fed(tokens, labels, good, [(name, reasons[name]) for name in bad])
+
+
+Feed = ImageFeed | CacheFeed  # each gives the tokens of a labelled set's images

@@ -74,16 +74,21 @@ def search(
         UserError: for fewer images than k, or features that are not finite.
     """
     assert len(bank) == len(labels) == size, f"the bank holds {len(bank)} of {size} images"
-    if k > size:
-        raise UserError(
-            f"k-NN with k = {k} needs {k} training images to search, there are {size} (held-out ones not counted): "
-            f"choose a smaller k, or give more images"
-        )
+    require_neighbours(k, size)
     check_features(bank, "training")
     check_features(queries, "query")
     found = [_nearest(bank, F.normalize(part.float(), dim=1), k) for part in queries.split(_QUERIES)]
     similarity, index = (torch.cat(parts) for parts in zip(*found, strict=True))
     return Neighbours(similarity, labels[index])
+
+
+def require_neighbours(k: int, size: int) -> None:
+    """Raises a UserError where a bank of this size has no k images."""
+    if k > size:
+        raise UserError(
+            f"k-NN with k = {k} needs {k} training images to search, there are {size} (held-out ones not counted): "
+            f"choose a smaller k, or give more images"
+        )
 
 
 def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:

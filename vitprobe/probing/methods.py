@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitprobe.data.labelled import LabelledData
 from vitprobe.errors import UserError
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
@@ -37,23 +38,24 @@ class Outcome:
         tested: positions of the test images that could be read.
         results: one an aggregator and place.
         probes: the selected ones, if any were trained.
-        skipped: name and reason of each image, of either part, that could not be read.
+        skipped: name and reason of each image, first of the training part, that could not be read.
         diverged: probes that were retired, with the reason.
     """
 
     tested: list[int]
     results: list[Result]
     probes: list[tuple[ProbeSpec, Probe]]
-    skipped: dict[str, str]
+    skipped: list[tuple[str, str]]
     diverged: dict[str, str]
 
 
-def train_probes(plan: Plan, folder: Path, progress: Progress) -> Outcome:
+def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: Progress) -> Outcome:
     """Train a bank on the plan's images or on their stored tokens, select, test.
 
     Args:
         plan: what to do.
         folder: where the training's state is kept, and the tokens.
+        claim: called before anything is written there.
         progress: makes what is called as images are done.
 
     Raises:
@@ -62,13 +64,11 @@ def train_probes(plan: Plan, folder: Path, progress: Progress) -> Outcome:
     data, protocol, seed = plan.data, plan.protocol, plan.seed
     held = plan.held_out()
     positions, heldout = np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
-    if not heldout:
-        raise UserError(f"{data.name} has one training image a class: nothing can be held out to select on; give more")
     epochs = protocol.epochs_for(len(positions))
     steps = epochs * steps_of_a_pass(len(positions), protocol.batch_size)
     with ExitStack() as stack:
         frozen = stack.enter_context(plan.frozen())
-        train_feed, test_feed = _feeds(plan, frozen, folder, progress)
+        train_feed, test_feed = _feeds(plan, frozen, folder, claim, progress)
         bank = Bank(
             plan.specs(),
             dim=plan.dim,
@@ -80,13 +80,17 @@ def train_probes(plan: Plan, folder: Path, progress: Progress) -> Outcome:
             device=plan.device,
         )
         path = folder / TRAINING
-        training = Training(bank, train_feed, positions, epochs, protocol.batch_size, seed, path)
+        training = Training(bank, train_feed, positions, epochs, protocol.batch_size, seed, path, claim)
         training.load()
         training.run(progress(f"train {len(bank.specs)} probes", training.images, training.images_done))
-        accuracy = heldout_accuracy(bank, train_feed, heldout, progress("select", len(heldout), 0))
+        if not bank.step:
+            raise _unread(data, "training", list(training.skipped.items()))
+        accuracy, unread = heldout_accuracy(bank, train_feed, heldout, progress("select", len(heldout), 0))
         chosen = select(bank.specs, accuracy)
         probes = [(spec, bank.probe(spec)) for specs, _ in chosen.values() for spec in specs]
         tested = test(probes, test_feed, len(data.test), progress("test", len(data.test), 0))
+    if not tested.indices:
+        raise _unread(data, "test", tested.skipped)
     rows = {spec: (tested.top1[number], tested.top5[number]) for number, (spec, _) in enumerate(probes)}
     results = [
         Result(
@@ -104,13 +108,22 @@ def train_probes(plan: Plan, folder: Path, progress: Progress) -> Outcome:
         for name, (specs, mean) in chosen.items()
     ]
     diverged = {
-        f"{spec.name}, {spec.optimizer} {spec.learning_rate:g}, seed {spec.seed}": reason
+        f"{spec.name}, {spec.optimizer} {spec.learning_rate:g}, decay {spec.weight_decay:g}, seed {spec.seed}": reason
         for spec, reason in bank.retired.items()
     }
-    return Outcome(tested.indices, results, probes, training.skipped | dict(tested.skipped), diverged)
+    skipped = [*(training.skipped | dict(unread)).items(), *tested.skipped]
+    return Outcome(tested.indices, results, probes, skipped, diverged)
 
 
-def _feeds(plan: Plan, frozen: FrozenModel, folder: Path, progress: Progress) -> tuple[Feed, Feed]:
+def _unread(data: LabelledData, which: str, skipped: list[tuple[str, str]]) -> UserError:
+    """What is said where images of one part cannot be used."""
+    name, reason = skipped[0]
+    return UserError(f"too few {which} images of {data.name} could be read, the first: {name} ({reason})")
+
+
+def _feeds(
+    plan: Plan, frozen: FrozenModel, folder: Path, claim: Callable[[], Any], progress: Progress
+) -> tuple[Feed, Feed]:
     """Of the training and of the test images."""
     parts = {"train": plan.data.train, "test": plan.data.test}
     size = plan.protocol.batch_size
@@ -125,7 +138,8 @@ def _feeds(plan: Plan, frozen: FrozenModel, folder: Path, progress: Progress) ->
     missing = {name: cache for name, cache in caches.items() if not cache.complete}
     _require_room(folder, missing)
     for name, cache in missing.items():
-        cache.fill(size, workers=plan.workers, progress=progress(f"store {name}", len(parts[name]), cache.done))
+        bar = progress(f"store {name}", len(parts[name]), cache.done)
+        cache.fill(size, workers=plan.workers, begin=claim, progress=bar)
     train, test = (CacheFeed(cache, parts[name], size, plan.device) for name, cache in caches.items())
     return train, test
 
@@ -142,8 +156,14 @@ def _require_room(folder: Path, caches: dict[str, TokenCache]) -> None:
         )
 
 
-def classify_vectors(plan: Plan, folder: Path, progress: Progress) -> Outcome:
-    """k-NN or logistic regression on the vector that each aggregator gives; arguments as of `train_probes`."""
+def classify_vectors(plan: Plan, folder: Path, claim: Callable[[], Any], progress: Progress) -> Outcome:
+    """k-NN or logistic regression on the vector that each aggregator gives; arguments as of `train_probes`.
+
+    Nothing is written.
+
+    Raises:
+        UserError: see `verify`.
+    """
     data, protocol = plan.data, plan.protocol
     grid: dict[str, Any] = dict(protocol.grid)
     with plan.frozen() as frozen:
@@ -159,6 +179,10 @@ def classify_vectors(plan: Plan, folder: Path, progress: Progress) -> Outcome:
     held = torch.from_numpy(plan.held_out()[train.indices])
     labels = torch.from_numpy(data.train.labels[train.indices])
     test_labels = torch.from_numpy(data.test.labels[test.indices])
+    if not held.any() or len(labels[~held].unique()) < 2:
+        raise _unread(data, "training", train.skipped)
+    if not test.indices:
+        raise _unread(data, "test", test.skipped)
     results = []
     for name, (aggregator, _) in plan.aggregators.items():
         given = (train.vectors[name], labels, test.vectors[name], test_labels, held)
@@ -179,4 +203,4 @@ def classify_vectors(plan: Plan, folder: Path, progress: Progress) -> Outcome:
         chosen["heldout_accuracy"] = max(found.heldout_accuracy.values())
         top1, top5 = (right.numpy()[None] for right in (found.top1, found.top5))
         results.append(Result(name, aggregator.num_parameters, chosen, top1, top5))
-    return Outcome(test.indices, results, [], dict(train.skipped + test.skipped), {})
+    return Outcome(test.indices, results, [], train.skipped + test.skipped, {})

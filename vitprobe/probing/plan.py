@@ -19,6 +19,7 @@ from vitprobe.models.anatomy.final_norm import find_final_norm
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model
 from vitprobe.probing.heldout import held_out
+from vitprobe.probing.knn import require_neighbours
 from vitprobe.probing.probe import ProbeSpec
 from vitprobe.probing.protocols import Protocol
 from vitprobe.probing.tap import Tap
@@ -85,6 +86,20 @@ class Plan:
         """Which training images are held out for selection."""
         return held_out(self.data.train.labels, self.protocol.heldout, self.seed)
 
+    def check_training_images(self) -> None:
+        """Returns where there are enough to select on and to train on.
+
+        Raises:
+            UserError: where nothing can be held out, or k-NN would find fewer neighbours than it is to.
+        """
+        held = self.held_out()
+        if not held.any():
+            raise UserError(
+                f"{self.data.name} has one training image a class: nothing can be held out to select on; give more"
+            )
+        if self.protocol.method == "knn":
+            require_neighbours(int(max(dict(self.protocol.grid)["k"])), int((~held).sum()))
+
     def specs(self) -> list[ProbeSpec]:
         """The probes of a bank: of each result every rate and decay with every seed."""
         protocol = self.protocol
@@ -148,7 +163,8 @@ def make_plan(
             "test": len(labelled.test),
         },
     }
-    return Plan(
+    manifest["model"]["by_name"] = isinstance(model, str | Path)
+    plan = Plan(
         loaded,
         labelled,
         protocol,
@@ -160,6 +176,8 @@ def make_plan(
         workers,
         manifest,
     )
+    plan.check_training_images()
+    return plan
 
 
 def _taps(
@@ -192,8 +210,8 @@ def _aggregators(
     names = list(asked) if asked else list(TRAINED_DEFAULT if protocol.trains else POOLED_DEFAULT)
     made: dict[str, Aggregator] = {}
     for name in names:
-        aggregator = create(name, dim=dim, layout=model.layout)
         try:
+            aggregator = create(name, dim=dim, layout=model.layout)
             aggregator.check(model.layout, model.spec.name)
         except UserError as error:
             if asked:

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitprobe.aggregation import create
-from vitprobe.data.batches import iterate
-from vitprobe.data.sources import open_images
+from vitprobe.data.batches import iterate, iterate_loader
+from vitprobe.data.sources import LoaderImages, open_images
+from vitprobe.data.streams import StreamImages
 from vitprobe.errors import UserError
 from vitprobe.files import write_atomically
 from vitprobe.models.loaded import LoadedModel, weights_sha256
@@ -27,8 +28,9 @@ from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
 
-FOLDER = "probes"
+FOLDER, FILES = "probes", "*@block*-seed*.safetensors"
 _KEY, _VERSION = "vitprobe_probe", 1
+_GIVEN = ("model", "checkpoint", "arch", "img_size")  # arguments that say which model it was
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,7 @@ class LoadedProbe:
         """The representation that the probe reads: the aggregated tokens, normalised as in training; `(n, D)`.
 
         Args:
-            images: anything that `vitprobe.open_images` takes.
+            images: anything that `vitprobe.open_images` takes but streams, whose images nobody has counted.
             batch_size: images a forward pass.
             device: "cpu", "cuda", …; a CUDA GPU where there is one without.
 
@@ -75,6 +77,8 @@ class LoadedProbe:
     @torch.no_grad()
     def _over(self, images: Any, batch_size: int, device: Any, *, classify: bool) -> Tensor:
         source = open_images(images)
+        if isinstance(source, StreamImages):
+            raise UserError(f"{source.source} is a stream: give a folder, a tar, a list, a tensor or a DataLoader")
         aggregator, tap = self.probe.aggregator, self.spec.tap
         frozen = FrozenModel(
             self.model,
@@ -85,7 +89,10 @@ class LoadedProbe:
             device=device,
         )
         probe, found = self.probe.to(frozen.device), []
-        loaded = iterate(source, range(len(source)), self.model.transform, batch_size)
+        if isinstance(source, LoaderImages):
+            loaded = iterate_loader(source)
+        else:
+            loaded = iterate(source, range(len(source)), self.model.transform, batch_size)
         with frozen, closing(loaded):
             for batch in loaded:
                 if batch.skipped:  # a row an image, in their order, is what is promised
@@ -111,7 +118,8 @@ def save_probe(
         "spec": asdict(spec),
         "dim": dim,
         "classes": list(classes),
-        **{key: manifest[key] for key in ("model", "arguments", "protocol", "data", "forward_dtype")},
+        "arguments": {key: manifest["arguments"][key] for key in _GIVEN},
+        **{key: manifest[key] for key in ("model", "protocol", "data", "forward_dtype")},
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
     path = folder / FOLDER / (re.sub(r"[^\w.+@=,()-]", "_", f"{spec.name}-seed{spec.seed}") + ".safetensors")
@@ -135,15 +143,9 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
     """
     path = Path(path)
     words, tensors = _read(path)
-    given = words["arguments"]
-    if model is None and words["model"]["source"] == "module":
-        raise UserError(f"{path} was trained on a module given in Python: give the same with load_probe(path, model)")
-    loaded = load_model(
-        given["model"] if model is None else model,
-        checkpoint=given["checkpoint"] if checkpoint is None else checkpoint,
-        arch=given["arch"],
-        img_size=given["img_size"],
-    )
+    if model is None and not words["model"]["by_name"]:
+        raise UserError(f"{path} was trained on a model given in Python: give the same with load_probe(path, model)")
+    loaded = _load_model(words["arguments"], model, checkpoint)
     if weights_sha256(loaded.module) != words["model"]["weights_sha256"]:
         raise UserError(
             f"{path} was trained on other weights of {words['model']['name']} than those of {loaded.spec.name}: give "
@@ -151,10 +153,26 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
         )
     spec = ProbeSpec(**{**words["spec"], "tap": Tap(**words["spec"]["tap"])})
     probe = Probe(create(spec.aggregator, dim=words["dim"], layout=loaded.layout), len(words["classes"]))
-    probe.load_state_dict(tensors)
+    try:
+        probe.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{path} lacks weights of its own probe, or has others ({type(error).__name__})") from None
     about = {"protocol": words["protocol"], "data": words["data"]}
     dtype = words["forward_dtype"]
     return LoadedProbe(loaded, probe.requires_grad_(False).eval(), spec, tuple(words["classes"]), about, dtype)
+
+
+def _load_model(given: Mapping[str, Any], model: Any, checkpoint: str | Path | None) -> LoadedModel:
+    """The model of the arguments that `verify` had, with what `load_probe` was given in their place."""
+    size = tuple(given["img_size"]) if isinstance(given["img_size"], list) else given["img_size"]
+    if isinstance(model, nn.Module | LoadedModel):
+        return load_model(model, checkpoint=checkpoint, img_size=size)
+    name, weights = given["model"] if model is None else model, given["checkpoint"]
+    if checkpoint is not None and model is None and weights is None and given["arch"] is not None:
+        name = checkpoint  # the model was a file itself
+    elif checkpoint is not None:
+        weights = checkpoint
+    return load_model(name, checkpoint=weights, arch=given["arch"], img_size=size)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -38,7 +38,8 @@ class Training:
         epochs: passes over them.
         batch_size: images a step.
         seed: of the order.
-        path: where the state is saved; nowhere without.
+        path: where the state is saved.
+        claim: called before it is.
         batches: batches done so far, of all epochs.
         skipped: name and reason of each image that could not be read.
     """
@@ -49,7 +50,8 @@ class Training:
     epochs: int
     batch_size: int
     seed: int
-    path: Path | None = None
+    path: Path
+    claim: Callable[[], Any]
     batches: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -95,11 +97,10 @@ class Training:
 
     def save(self) -> None:
         """Write the state, atomically."""
-        if self.path is None:
-            return
         state = self.bank.state_dict()
         tensors = {name: tensor.contiguous().cpu() for name, tensor in state.pop("tensors").items()}
         words = json.dumps({**state, "batches": self.batches, "skipped": self.skipped})
+        self.claim()
         write_atomically(self.path, save(tensors, metadata={"training": words}))
 
     def load(self) -> None:
@@ -108,7 +109,7 @@ class Training:
         Raises:
             UserError: where that cannot be read, or is another bank's.
         """
-        if self.path is None or not self.path.is_file():
+        if not self.path.is_file():
             return
         try:
             with safe_open(self.path, framework="pt") as file:
@@ -127,26 +128,37 @@ def steps_of_a_pass(num_images: int, batch_size: int) -> int:
 
 def heldout_accuracy(
     bank: Bank, feed: Feed, positions: Sequence[int], progress: Callable[[int], Any]
-) -> dict[ProbeSpec, float]:
-    """The accuracy of each live probe on the held-out images, as the model's own transform makes them."""
+) -> tuple[dict[ProbeSpec, float], list[tuple[str, str]]]:
+    """The accuracy of each live probe on the held-out images, as the model's own transform makes them.
+
+    Returns:
+        The accuracies, and name and reason of each image that could not be read.
+
+    Raises:
+        UserError: where none could be read.
+    """
     right: dict[ProbeSpec, int] = dict.fromkeys(bank.live, 0)
-    seen = 0
+    seen, skipped = 0, []
     for fed in feed(positions):
         seen += len(fed.indices)
+        skipped += fed.skipped
         if fed.indices:
             for spec, scores in bank.logits(fed.tokens).items():
                 right[spec] += int(correct(scores, fed.labels).sum())
         progress(fed.count)
-    return {spec: count / max(seen, 1) for spec, count in right.items()}
+    if not seen:
+        raise UserError(f"no held-out image could be read, the first: {skipped[0][0]} ({skipped[0][1]})")
+    return {spec: count / seen for spec, count in right.items()}, skipped
 
 
 def select(specs: Sequence[ProbeSpec], accuracy: Mapping[ProbeSpec, float]) -> dict[str, tuple[list[ProbeSpec], float]]:
     """For each name the probes of the best rate and decay, one a seed, with their mean held-out accuracy.
 
-    The best has the highest mean over seeds; of equal ones the first. A setting that diverged with some seed is out.
+    The best has the highest mean over seeds; of equal ones the first. A setting that diverged with some seed is out,
+    and so is a name all of whose settings are.
 
     Raises:
-        UserError: where every setting of a name diverged.
+        UserError: where nothing is left.
     """
     settings: dict[str, dict[tuple[str, float, float], list[ProbeSpec]]] = {}
     for spec in specs:
@@ -159,10 +171,11 @@ def select(specs: Sequence[ProbeSpec], accuracy: Mapping[ProbeSpec, float]) -> d
             for of_setting in of_name.values()
             if all(spec in accuracy for spec in of_setting)
         ]
-        if not means:
-            raise UserError(f"{name} diverged at every learning rate: leave it out, or lower the rates")
-        mean, best = max(means, key=lambda pair: pair[0])
-        chosen[name] = best, mean
+        if means:
+            mean, best = max(means, key=lambda pair: pair[0])
+            chosen[name] = best, mean
+    if not chosen:
+        raise UserError("every aggregator diverged with some seed at every learning rate: lower the rates")
     return chosen
 
 

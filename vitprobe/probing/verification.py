@@ -212,7 +212,7 @@ class Verification:
                 written.
         """
         folder = Path(folder)
-        check_output(folder, overwrite)
+        check_output(folder, overwrite, command="verify")
         clear_run(folder)
         with disk_errors(folder):
             (folder / CORRECTNESS).unlink(missing_ok=True)  # lest a kill leave it under the other manifest
@@ -244,8 +244,6 @@ class Verification:
         """
         folder = Path(folder)
         manifest = read_manifest(folder, "verify")
-        if manifest.get("kind") != KIND:
-            raise UserError(f"{folder} is a run of vitprobe analyze, not of verify; read it with vitprobe.Profile.load")
         path = folder / CORRECTNESS
         if not path.is_file():
             raise UserError(f"{folder} is not finished (there is no {CORRECTNESS}); go on with --resume, or {_AGAIN}")

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
+from functools import cache
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from tqdm.auto import tqdm
 
 from vitprobe.data.images import printable
 from vitprobe.errors import UserError
-from vitprobe.files import disk_errors
+from vitprobe.files import disk_errors, partial_of
 from vitprobe.probing.methods import TOKENS, TRAINING, classify_vectors, train_probes
 from vitprobe.probing.plan import Plan, make_plan
 from vitprobe.probing.protocols import Protocol, find_protocol
+from vitprobe.probing.saved import FILES as PROBE_FILES
 from vitprobe.probing.saved import FOLDER as PROBES
 from vitprobe.probing.saved import save_probe
-from vitprobe.probing.verification import ACCURACY, CORRECTNESS, KIND, Verification
-from vitprobe.profile.folder import check_output, clear_run, is_run, read_manifest, write_manifest
+from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
+from vitprobe.profile.folder import MANIFEST, check_output, is_run, read_manifest, write_manifest
 from vitprobe.profile.resuming import require_same
 
 
@@ -97,7 +99,7 @@ def verify(
         "aggregators": None if asked is None else list(asked),
         "protocol": str(settled),
         **{name: value if value is None else _shown(value) for name, value in options.items()},
-        "img_size": img_size,
+        "img_size": list(img_size) if isinstance(img_size, tuple) else img_size,
         "blocks": None if blocks is None else list(blocks),
         "norm": norm,
         "workers": workers,
@@ -108,7 +110,8 @@ def verify(
     }
     folder = None if out is None else Path(out)
     if folder is not None:
-        check_output(folder, overwrite, resume)
+        check_output(folder, overwrite, resume, "verify")
+    begun = read_manifest(folder, "verify") if folder is not None and resume and is_run(folder) else None
     plan = make_plan(
         model,
         data,
@@ -123,21 +126,34 @@ def verify(
     )
     with ExitStack() as stack:
         if folder is None:
-            return _carry_out(plan, Path(stack.enter_context(tempfile.TemporaryDirectory())), progress)
-        begun = read_manifest(folder, "verify") if resume and is_run(folder) else None
-        if begun is not None:
-            if begun.get("kind") != KIND:
-                raise UserError(f"{folder} is a run of vitprobe analyze, not of verify; give another --out")
-            require_same(folder, begun, plan.manifest)
-            if begun["status"] == "complete":
-                return Verification.load(folder)
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        if begun is None:
+            _clear_unfinished(folder)  # another run's, which this one must not go on with
         else:
-            _clear(folder)
-        write_manifest(folder, plan.manifest)
-        return _carry_out(plan, folder, progress)
+            require_same(folder, begun, plan.manifest)
+            if begun["status"] == "complete" and (folder / CORRECTNESS).is_file():
+                return _finished(folder)
+
+        @cache
+        def claim() -> None:
+            """Make the folder this run's: not before it has something to write, so that an error costs nothing."""
+            if begun is None:
+                _clear(folder)
+            write_manifest(folder, plan.manifest)
+
+        return _carry_out(plan, folder, claim, progress)
 
 
-def _carry_out(plan: Plan, folder: Path, progress: bool | None) -> Verification:
+def _finished(folder: Path) -> Verification:
+    """A run that is complete, but for what a kill in its last moment may have left undone."""
+    found = Verification.load(folder)
+    if not (folder / ACCURACY).is_file():
+        found.write(folder)
+    _clear_unfinished(folder)
+    return found
+
+
+def _carry_out(plan: Plan, folder: Path, claim: Callable[[], Any], progress: bool | None) -> Verification:
     """From a plan to the results, in a folder."""
     method = train_probes if plan.protocol.trains else classify_vectors
     shown = (sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules if progress is None else progress
@@ -150,18 +166,19 @@ def _carry_out(plan: Plan, folder: Path, progress: bool | None) -> Verification:
             )
             return bars.enter_context(made).update
 
-        outcome = method(plan, folder, bar)
-    if not outcome.tested:
-        raise UserError(f"no test image of {plan.data.name} could be read")
+        outcome = method(plan, folder, claim, bar)
+    lost = plan.aggregators.keys() - {result.name for result in outcome.results}
     manifest = plan.manifest | {
         "status": "complete",
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "diverged": outcome.diverged,
+        "undefined": plan.manifest["undefined"] | {name: "diverged at every learning rate" for name in sorted(lost)},
     }
     manifest["data"] = {
         **manifest["data"],
-        "skipped": [{"name": name, "reason": reason} for name, reason in outcome.skipped.items()],
+        "skipped": [{"name": name, "reason": reason} for name, reason in outcome.skipped],
     }
+    claim()
     test = plan.data.test
     found = Verification(
         manifest, [test.ids[index] for index in outcome.tested], test.labels[outcome.tested], outcome.results
@@ -181,21 +198,24 @@ def _carry_out(plan: Plan, folder: Path, progress: bool | None) -> Verification:
 
 
 def _clear(folder: Path) -> None:
-    """Remove an earlier run's own files from its folder, and nothing else."""
-    clear_run(folder)
+    """Remove a run's own files from its folder, and nothing else; its manifest stays until another replaces it."""
+    _clear_unfinished(folder)
     with disk_errors(folder):
         for name in (CORRECTNESS, ACCURACY):
             (folder / name).unlink(missing_ok=True)
-        for path in (folder / PROBES).glob("*.safetensors"):
+        for path in (folder / PROBES).glob(PROBE_FILES):
             path.unlink()
         with suppress(OSError):  # not there, or it holds something else
             (folder / PROBES).rmdir()
-    _clear_unfinished(folder)
 
 
 def _clear_unfinished(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
     with disk_errors(folder):
+        for name in (MANIFEST, CORRECTNESS, ACCURACY, TRAINING):
+            partial_of(folder / name).unlink(missing_ok=True)
+        for path in (folder / PROBES).glob(partial_of(Path(PROBE_FILES)).name):
+            path.unlink()
         (folder / TRAINING).unlink(missing_ok=True)
         for part in ("train", "test"):
             shutil.rmtree(folder / TOKENS / part, ignore_errors=True)

@@ -16,21 +16,24 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SUMMARIES = ("summary.csv", "summary.parquet")
 REQUIRED = ("format_version", "model", "layout", "undefined", "arguments")
+READERS = {"analyze": "vitprobe.Profile.load", "verify": "vitprobe.Verification.load"}  # by the command that wrote
 
 
-def check_output(folder: Path, overwrite: bool, resume: bool = False) -> None:
-    """Refuse a folder that a run must not be written to; touches nothing.
+def check_output(folder: Path, overwrite: bool, resume: bool = False, command: str = "analyze") -> None:
+    """Refuse a folder that a run of a command must not be written to; touches nothing.
 
     Raises:
-        UserError: for a file, a folder with another run (without `overwrite` or `resume`), a folder with something
-            else in it, or a place that is not writable.
+        UserError: for a file, a folder with another run (without `overwrite` or `resume`), with a run of another
+            command, or with something else in it, or a place that is not writable.
     """
     with disk_errors(folder):
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; give --out a folder")
         if folder.is_dir() and any(not _unfinished(path) for path in folder.iterdir()):
-            if not is_run(folder):
+            manifest = _run_manifest(folder)
+            if manifest is None:
                 raise UserError(f"{folder} is not empty and holds no run of vitprobe; give --out a new or empty folder")
+            _require_of(folder, manifest, command)
             if not overwrite and not resume:
                 raise UserError(
                     f"{folder} holds another run; pass --overwrite to replace it, --resume to go on with it, "
@@ -52,11 +55,25 @@ def _unfinished(path: Path) -> bool:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run of vitprobe: others too call a file `manifest.json`."""
+    return _run_manifest(folder) is not None
+
+
+def _run_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and all(key in manifest for key in REQUIRED)
+        return None
+    return manifest if isinstance(manifest, dict) and all(key in manifest for key in REQUIRED) else None
+
+
+def _require_of(folder: Path, manifest: dict[str, Any], command: str) -> None:
+    """Raises a UserError for the run of another command."""
+    wrote = "verify" if manifest.get("kind") else "analyze"  # a profile's manifest names no kind
+    if wrote != command:
+        raise UserError(
+            f"{folder} is a run of vitprobe {wrote}, not of {command}: give another folder ({READERS[wrote]} reads "
+            f"this one)"
+        )
 
 
 def clear_run(folder: Path) -> None:
@@ -100,7 +117,7 @@ def read_manifest(folder: Path, command: str = "analyze") -> dict[str, Any]:
         command: which command writes such runs, for the messages.
 
     Raises:
-        UserError: where there is none, it is broken, or it was written by a newer vitprobe.
+        UserError: where there is none, it is broken, another command wrote it, or a newer vitprobe.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -120,4 +137,5 @@ def read_manifest(folder: Path, command: str = "analyze") -> dict[str, Any]:
     if not is_run(folder):
         raise UserError(f"{path} is broken, or none of vitprobe's; give the folder of a run, or {command} again")
     assert manifest is not None  # is_run has read it too
+    _require_of(folder, manifest, command)
     return manifest
