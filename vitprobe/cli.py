@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -94,6 +94,34 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _which_models(command: Callable) -> Callable:
+    """The options that say what to load."""
+    for option in (
+        click.option(
+            "--arch", metavar="NAME", help="The architecture of --checkpoint: an alias or a timm architecture."
+        ),
+        click.option("--checkpoint", type=SomePath(), metavar="FILE", help="Weights for --model, or for --arch."),
+        click.option(
+            "--model",
+            "models",
+            multiple=True,
+            metavar="NAME",
+            help="An alias (vitprobe models), any timm name, hf-hub:… or hf:…; repeat for several.  "
+            "[the bundled models]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _which_way(command: Callable) -> Callable:
+    """The options that say what becomes of a run that is there already."""
+    command = click.option(
+        "--resume", is_flag=True, help="Go on with the run in --out where it was broken off, or begin it."
+    )(command)
+    return click.option("--overwrite", is_flag=True, help="Replace a run that is in --out already.")(command)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(vitprobe.__version__, prog_name="vitprobe")
 def main() -> None:
@@ -104,15 +132,7 @@ def main() -> None:
 
 
 @main.command(short_help="Measure a model's attention on images: table, verdict, figures.")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    metavar="NAME",
-    help="An alias (vitprobe models), any timm name, hf-hub:… or hf:…; repeat for several.  [the bundled models]",
-)
-@click.option("--checkpoint", type=SomePath(), metavar="FILE", help="Weights for --model, or for --arch.")
-@click.option("--arch", metavar="NAME", help="The architecture of --checkpoint: an alias or a timm architecture.")
+@_which_models
 @click.option(
     "--data",
     type=SomeText(),
@@ -165,8 +185,7 @@ def main() -> None:
     metavar="DIR",
     help="The run's folder; for several models it holds a folder each.  [runs/<model>-<time>]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a run that is in --out already.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out where it was broken off, or begin it.")
+@_which_way
 def analyze(
     models: tuple[str, ...], checkpoint: Path | None, arch: str | None, out: Path | None, **options: Any
 ) -> None:
@@ -243,15 +262,7 @@ def _analyze(names: list[str], folders: list[Path], given: dict[str, Any], optio
 
 
 @main.command(short_help="Measure whether selective aggregation gives more than [cls].")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    metavar="NAME",
-    help="An alias (vitprobe models), any timm name, hf-hub:… or hf:…; repeat for several.  [the bundled models]",
-)
-@click.option("--checkpoint", type=SomePath(), metavar="FILE", help="Weights for --model, or for --arch.")
-@click.option("--arch", metavar="NAME", help="The architecture of --checkpoint: an alias or a timm architecture.")
+@_which_models
 @click.option(
     "--data",
     type=SomeText(),
@@ -291,8 +302,7 @@ def _analyze(names: list[str], folders: list[Path], given: dict[str, Any], optio
     metavar="DIR",
     help="The run's folder; for several models it holds a folder each.  [runs/verify-<model>-<time>]",
 )
-@click.option("--overwrite", is_flag=True, help="Replace a run that is in --out already.")
-@click.option("--resume", is_flag=True, help="Go on with the run in --out where it was broken off, or begin it.")
+@_which_way
 def verify(
     models: tuple[str, ...], checkpoint: Path | None, arch: str | None, out: Path | None, **options: Any
 ) -> None:

@@ -9,14 +9,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from functools import cache
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from vitprobe.data.images import printable
-from vitprobe.errors import UserError
 from vitprobe.files import disk_errors, partial_of
 from vitprobe.probing.methods import TOKENS, TRAINING, classify_vectors, train_probes
 from vitprobe.probing.plan import Plan, make_plan
@@ -25,6 +22,7 @@ from vitprobe.probing.saved import FILES as PROBE_FILES
 from vitprobe.probing.saved import FOLDER as PROBES
 from vitprobe.probing.saved import save_probe
 from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
+from vitprobe.profile.arguments import check_resume, check_whole, shown
 from vitprobe.profile.folder import MANIFEST, check_output, is_run, read_manifest, write_manifest
 from vitprobe.profile.resuming import require_same
 
@@ -83,28 +81,23 @@ def verify(
         UserError: for bad input, in one line; nothing is written then.
     """
     settled = find_protocol(protocol)
-    for name, number, least in (("workers", workers, 0), ("seed", seed, 0)):
-        if number is not None and not (isinstance(number, Integral) and int(number) >= least):
-            raise UserError(f"{name} is {number!r}; it must be a whole number of at least {least}")
-    if resume and (overwrite or out is None):
-        reason = (
-            "--overwrite starts anew: give one of the two" if overwrite else "that needs its folder: give --out too"
-        )
-        raise UserError(f"--resume goes on with a run, and {reason}")
+    check_whole(workers=(workers, 0), seed=(seed, 0))
+    check_resume(resume, overwrite, out)
     asked = [aggregators] if isinstance(aggregators, str) else aggregators
     options = {"checkpoint": checkpoint, "arch": arch, "img_size": img_size, "dtype": dtype, "device": device}
     arguments = {
-        "model": _shown(model),
-        "data": None if data is None else _shown(data),
+        "model": shown(model),
+        "data": ", ".join(str(shown(part)) for part in data) if isinstance(data, list | tuple) else shown(data),
         "aggregators": None if asked is None else list(asked),
         "protocol": str(settled),
-        **{name: value if value is None else _shown(value) for name, value in options.items()},
+        **{name: shown(value) for name, value in options.items()},
+        "device": None if device is None else str(device),
         "img_size": list(img_size) if isinstance(img_size, tuple) else img_size,
         "blocks": None if blocks is None else list(blocks),
         "norm": norm,
         "workers": workers,
         "seed": seed,
-        "out": None if out is None else _shown(out),
+        "out": shown(out),
         "overwrite": overwrite,
         "resume": resume,
     }
@@ -221,12 +214,3 @@ def _clear_unfinished(folder: Path) -> None:
             shutil.rmtree(folder / TOKENS / part, ignore_errors=True)
         with suppress(OSError):
             (folder / TOKENS).rmdir()
-
-
-def _shown(thing: Any) -> str:
-    """An argument as the manifest holds it: text as it is, made printable; of anything else its type."""
-    if isinstance(thing, str | Path):
-        return printable(str(thing))
-    if isinstance(thing, list | tuple):
-        return ", ".join(_shown(each) for each in thing)
-    return type(getattr(thing, "module", thing)).__name__

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vitprobe.data.batches import Batch
-from vitprobe.data.images import printable
 from vitprobe.data.prefetch import on_their_way
 from vitprobe.data.shards import Share
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import capture, check_kernel
 from vitprobe.models.loaded import LoadedModel
+from vitprobe.profile.arguments import check_resume, check_whole, shown
 from vitprobe.profile.distributed import World, joined
 from vitprobe.profile.dtype import DTYPE_BOUND, ForwardDtype, check_dtype, choose_dtype
 from vitprobe.profile.folder import check_output
@@ -107,10 +106,10 @@ def analyze(
     check_dtype(dtype, dtype_bound)
     check_kernel(kernel)
     arguments = {
-        "model": _shown(model),
-        "checkpoint": None if checkpoint is None else _shown(checkpoint),
+        "model": shown(model),
+        "checkpoint": shown(checkpoint),
         "arch": arch,
-        "data": None if data is None else _shown(data),
+        "data": shown(data),
         "num_images": num_images,
         "transform": transform,
         "img_size": img_size,
@@ -124,25 +123,14 @@ def analyze(
         "workers": workers,
         "device": None if device is None else str(device),
         "seed": seed,
-        "out": None if out is None else _shown(out),
+        "out": shown(out),
         "overwrite": overwrite,
         "resume": resume,
         "distributed": distributed,
     }
     select(statistics)
-    for name, number, least in (
-        ("num_images", num_images, 1),
-        ("batch_size", batch_size, 1),
-        ("workers", workers, 0),
-        ("seed", seed, 0),
-    ):
-        if number is not None and not (isinstance(number, Integral) and int(number) >= least):
-            raise UserError(f"{name} is {number!r}; it must be a whole number of at least {least}")
-    if resume and (overwrite or out is None):
-        reason = (
-            "--overwrite starts anew: give one of the two" if overwrite else "that needs its folder: give --out too"
-        )
-        raise UserError(f"--resume goes on with a run, and {reason}")
+    check_whole(num_images=(num_images, 1), batch_size=(batch_size, 1), workers=(workers, 0), seed=(seed, 0))
+    check_resume(resume, overwrite, out)
     folder = None if out is None else Path(out)
     with joined(distributed) as world:
         if world.size > 1 and folder is None:
@@ -231,10 +219,3 @@ def _share(world: World, begun: Begun | None) -> Share:
     if begun is None:
         return Share(world.rank, world.size)
     return Share(world.rank, world.size, begun.done, begun.ended)
-
-
-def _shown(thing: Any) -> str:
-    """An argument as the manifest holds it: text as it is, made printable; of anything else its type."""
-    if isinstance(thing, str | Path):
-        return printable(str(thing))
-    return type(getattr(thing, "module", thing)).__name__
