@@ -102,13 +102,13 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             name="fast",
-            words="AdamW on augmented images, 3 epochs or 200 steps, the learning rate selected from seven on a tenth "
+            words="AdamW on augmented images, 3 epochs or 120 steps, the learning rate selected from seven on a tenth "
             "of the training images, as CAPI does; 3 seeds",
             method="bank",
             seeds=3,
             batch_size=128,
             epochs=3,
-            least_steps=200,
+            least_steps=120,
             warmup=0.1,
             learning_rates=_RATES,
             augmentation=Augmentation(),
