@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from vitprobe.data.augment import Augmentation
@@ -58,3 +59,15 @@ def kept(folder: Path) -> dict[str, bytes]:
     """What must be the same however often a run was broken off: results and probes."""
     files = [folder / "accuracy.csv", folder / "correctness.safetensors", *(folder / "probes").glob("*")]
     return {path.name: path.read_bytes() for path in files}
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Makes the disk full at the moment when the file of this name has been written and gets its name."""
+    real = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if self.name == f".{name}.partial":
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", full)

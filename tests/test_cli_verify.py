@@ -20,7 +20,7 @@ from click.testing import Result
 from PIL import Image
 
 from helpers import hear_ctrl_c
-from made_squares import METHODS, kept, write_squares
+from made_squares import METHODS, fill_disk, kept, write_squares
 from test_cli import assert_fails_with_one_line, invoke
 from vitprobe import Verification, load_model, verify
 from vitprobe.probing.bank import Bank
@@ -303,15 +303,8 @@ def test_resumed_with_other_settings_or_weights() -> None:
 
 @pytest.mark.parametrize("moment", ["cache.json", "selective_aggregation.svg"])
 def test_a_full_disk_is_one_line_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
-    real = Path.replace
-
-    def full(self: Path, target: Path) -> Path:
-        if self.name == f".{moment}.partial":
-            raise OSError(28, "No space left on device")
-        return real(self, target)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", full)
+        fill_disk(patched, moment)
         result = run("--protocol", "cached")
         assert result.exit_code == 2
         (line,) = result.stderr.splitlines()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from helpers import message, randomize, tiny_vit
-from made_squares import BANK, CACHED, KNN, METHODS, kept, squares
+from made_squares import BANK, CACHED, KNN, METHODS, fill_disk, kept, squares
 from vitprobe import Profile, UserError, Verification, analyze, verify
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
@@ -236,15 +236,8 @@ def test_overwrite_does_not_go_on_with_what_was_left(tmp_path: Path, monkeypatch
 def test_a_full_disk_is_one_line_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    real = Path.replace
-
-    def full(self: Path, target: Path) -> Path:
-        if self.name == f".{moment}.partial":
-            raise OSError(28, "No space left on device")
-        return real(self, target)
-
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "replace", full)
+        fill_disk(patched, moment)
         said = refusal(tmp_path / "run", protocol=CACHED)
     assert said.startswith("the disk is full, so ") and f"{moment} could not be written" in said
     assert not list((tmp_path / "run").rglob("*.partial"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -29,7 +28,7 @@ from vitprobe.data.images import file_size
 from vitprobe.data.labelled import LabelledSet
 from vitprobe.data.labelled_batches import LabelledBatch, batches
 from vitprobe.errors import UserError
-from vitprobe.files import disk_errors, write_atomically
+from vitprobe.files import disk_errors, free_bytes, write_atomically
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
 
@@ -257,8 +256,7 @@ class TokenCache:
     def _require_room(self) -> None:
         """Raises a UserError where the disk has less room than what is missing takes."""
         missing = self.bytes_missing
-        place = next(parent for parent in (self.folder.absolute(), *self.folder.absolute().parents) if parent.exists())
-        free = shutil.disk_usage(place).free
+        free = free_bytes(self.folder)
         if missing > free:
             raise UserError(
                 f"the tokens of {len(self._split)} images take {self.bytes_needed:,} bytes, of which {missing:,} are "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 
 from vitprobe.data.labelled import LabelledData
 from vitprobe.errors import UserError
+from vitprobe.files import free_bytes
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.feeds import CacheFeed, Feed, ImageFeed
@@ -147,8 +147,7 @@ def _feeds(
 def _require_room(folder: Path, caches: dict[str, TokenCache]) -> None:
     """Raises a UserError where the disk has room for each cache, but not for both."""
     needed = sum(cache.bytes_missing for cache in caches.values())
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     if needed > free:
         raise UserError(
             f"the tokens of both parts take {needed:,} bytes more, and the disk of {folder} has {free:,} free: free "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -11,8 +10,6 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from vitprobe.files import disk_errors, partial_of
 from vitprobe.probing.methods import TOKENS, TRAINING, classify_vectors, train_probes
@@ -24,6 +21,7 @@ from vitprobe.probing.saved import save_probe
 from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
 from vitprobe.profile.arguments import check_resume, check_whole, shown
 from vitprobe.profile.folder import MANIFEST, check_output, is_run, read_manifest, write_manifest
+from vitprobe.profile.progress import progress_bar
 from vitprobe.profile.resuming import require_same
 
 
@@ -149,14 +147,11 @@ def _finished(folder: Path) -> Verification:
 def _carry_out(plan: Plan, folder: Path, claim: Callable[[], Any], progress: bool | None) -> Verification:
     """From a plan to the results, in a folder."""
     method = train_probes if plan.protocol.trains else classify_vectors
-    shown = (sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules if progress is None else progress
     with ExitStack() as bars:
 
         def bar(words: str, total: int, done: int) -> Callable[[int], Any]:
             bars.close()  # the one before
-            made = tqdm(
-                total=total, initial=done, desc=f"{plan.model.spec.name}: {words}", unit="img", disable=not shown
-            )
+            made = progress_bar(f"{plan.model.spec.name}: {words}", total, progress, done=done)
             return bars.enter_context(made).update
 
         outcome = method(plan, folder, claim, bar)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from vitprobe.data.batches import Batch
 from vitprobe.data.prefetch import on_their_way
@@ -24,6 +22,7 @@ from vitprobe.profile.dtype import DTYPE_BOUND, ForwardDtype, check_dtype, choos
 from vitprobe.profile.folder import check_output
 from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
+from vitprobe.profile.progress import progress_bar
 from vitprobe.profile.resuming import Begun, read_begun, require_same
 from vitprobe.profile.run import Run
 from vitprobe.profile.state import prepared
@@ -155,16 +154,8 @@ def _go(work: Work, run: Run, share: Share, progress: bool | None) -> Profile:
     """This process's share of the work, one batch after the other."""
     module, manifest = work.model.module, work.manifest
     statistics = manifest["arguments"]["statistics"]
-    # Plain text also in a notebook: tqdm's widget there needs ipywidgets, and warns without.
-    shown = (sys.stderr and sys.stderr.isatty()) or "ipykernel" in sys.modules if progress is None else progress
     batches = work.batches(share)
-    bar = tqdm(
-        total=work.total(share),
-        desc=work.model.spec.name,
-        unit="img",
-        disable=not (shown and run.world.first),
-        dynamic_ncols=True,
-    )
+    bar = progress_bar(work.model.spec.name, work.total(share), progress if run.world.first else False)
     try:
         # Batches closed, or reading processes would outlive an error.
         with (
