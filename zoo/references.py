@@ -13,7 +13,7 @@ from vitprobe.profile.profile import Profile
 from vitprobe.profile.references import COMPARED
 
 REFERENCES = Path(vp.__file__).parent / "profile" / "references.json"
-MODELS = ("mae_vit_nano", "supervised_vit_nano", "random_vit_nano")
+MODELS = ("mae_vit_nano", "mae_ft_vit_nano", "mocov3_vit_nano", "supervised_vit_nano", "random_vit_nano")
 
 
 def entry(profile: Profile) -> dict:

@@ -61,7 +61,13 @@ BUNDLED_ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vit_nano_gap_patch4_32": _NANO | {"class_token": False, "global_pool": "avg", "fc_norm": False},
 }
 # Classes of the head that a bundled model keeps.
-BUNDLED_CLASSES = {"mae_vit_nano": 0, "supervised_vit_nano": 10, "random_vit_nano": 0}
+BUNDLED_CLASSES = {
+    "mae_vit_nano": 0,
+    "mae_ft_vit_nano": 10,
+    "mocov3_vit_nano": 0,
+    "supervised_vit_nano": 10,
+    "random_vit_nano": 0,
+}
 
 # Weights that timm takes from a plain address; all others lie in a repository of the Hugging Face hub.
 ADDRESSES = {
@@ -75,6 +81,7 @@ ADDRESSES = {
 
 VIT = "Dosovitskiy et al., An Image is Worth 16x16 Words, arXiv 2010.11929"
 MAE = "He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv 2111.06377"
+MOCOV3 = "Chen et al., An Empirical Study of Training Self-Supervised Vision Transformers, arXiv 2104.02057"
 DINO = "Caron et al., Emerging Properties in Self-Supervised Vision Transformers, arXiv 2104.14294"
 DINOV2 = "Oquab et al., DINOv2: Learning Robust Visual Features without Supervision, arXiv 2304.07193"
 REGISTERS = "Darcet et al., Vision Transformers Need Registers, arXiv 2309.16588"
@@ -322,6 +329,28 @@ _BUNDLED = (
         normalisation="cifar10",
         licence="apache-2.0",
         citation=MAE,
+        notes="trained here on CIFAR-10; 32 pixels",
+    ),
+    ModelSpec(
+        name="mae_ft_vit_nano",
+        method="MAE fine-tuned",
+        paradigm="supervised",
+        architecture="vit_nano_patch4_32",
+        source="bundled:mae_ft_vit_nano",
+        normalisation="cifar10",
+        licence="apache-2.0",
+        citation=MAE,
+        notes="mae_vit_nano fine-tuned here on CIFAR-10, 10 classes in alphabetical order; 32 pixels",
+    ),
+    ModelSpec(
+        name="mocov3_vit_nano",
+        method="MoCo v3",
+        paradigm="JEA",
+        architecture="vit_nano_patch4_32",
+        source="bundled:mocov3_vit_nano",
+        normalisation="cifar10",
+        licence="apache-2.0",
+        citation=MOCOV3,
         notes="trained here on CIFAR-10; 32 pixels",
     ),
     ModelSpec(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from lightly.models.utils import initialize_2d_sine_cosine_positional_embedding
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -22,5 +21,8 @@ def xavier_weights(vit: VisionTransformer) -> None:
 
 def fixed_position_embedding(vit: VisionTransformer) -> None:
     """The 2-D sine-cosine table, zero for [cls], which is not trained."""
+    # Here, so that MAE, which has a table of its own, does without lightly.
+    from lightly.models.utils import initialize_2d_sine_cosine_positional_embedding
+
     assert vit.pos_embed is not None
     initialize_2d_sine_cosine_positional_embedding(vit.pos_embed, num_prefix_tokens=vit.num_prefix_tokens)

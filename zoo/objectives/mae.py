@@ -9,6 +9,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from zoo.objectives.base import Objective
+from zoo.objectives.initial import xavier_weights
 from zoo.recipe import Recipe
 
 
@@ -27,7 +28,12 @@ class MaskedAutoencoder(Objective):
         super().__init__(recipe)
         self.vit = VisionTransformer(**recipe.architecture, num_classes=0)
         grid, width = self.vit.patch_embed.grid_size, self.vit.embed_dim
-        self.vit.pos_embed = nn.Parameter(sincos_position_embedding(grid, width), requires_grad=False)
+        if recipe.initial == "xavier":
+            xavier_weights(self.vit)
+            assert self.vit.cls_token is not None
+            nn.init.normal_(self.vit.cls_token, std=0.02)
+        if recipe.position == "fixed":
+            self.vit.pos_embed = nn.Parameter(sincos_position_embedding(grid, width), requires_grad=False)
         self.mask_ratio = recipe.mask_ratio
         dim = recipe.decoder_dim
         self.decoder_embed = nn.Linear(width, dim)

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from vitprobe.models.entries import MAE, ModelSpec
+from vitprobe.models.entries import MAE, MOCOV3, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ LAYOUTS = {
     "franca": "backbone.blocks.<chunk>.<block>.mlp.w12.weight … beside dino_head. and ibot_head.",
 }
 
-MOCOV3 = "Chen et al., An Empirical Study of Training Self-Supervised Vision Transformers, arXiv 2104.02057"
 IBOT = "Zhou et al., iBOT: Image BERT Pre-Training with Online Tokenizer, arXiv 2111.07832"
 BEIT = "Bao et al., BEiT: BERT Pre-Training of Image Transformers, arXiv 2106.08254"
 BEITV2 = "Peng et al., BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers, arXiv 2208.06366"
