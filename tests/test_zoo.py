@@ -168,7 +168,15 @@ def test_a_vit_without_cls_is_judged_by_its_average(tar, monkeypatch):
     assert set(evaluate(build_objective(tiny("ijepa")).vit, tar, tar)) == {"knn20_average", "linear_average"}
 
 
-@pytest.mark.parametrize("name", ["mae_vit_nano", "supervised_vit_nano"])
+SHIPPED = sorted(path.stem for path in loading.BUNDLED_FOLDER.glob("*.safetensors"))
+
+
+def test_the_issued_models_are_shipped_and_small_together():
+    assert SHIPPED == ["mae_ft_vit_nano", "mae_vit_nano", "mocov3_vit_nano", "supervised_vit_nano"]
+    assert sum(path.stat().st_size for path in loading.BUNDLED_FOLDER.iterdir()) < 40e6
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_what_is_shipped_is_small_whole_and_of_its_recipe(name):
     path = loading.BUNDLED_FOLDER / f"{name}.safetensors"
     assert path.stat().st_size < 6e6
@@ -179,14 +187,18 @@ def test_what_is_shipped_is_small_whole_and_of_its_recipe(name):
     recipe = load_recipe(name)
     made_by = Recipe(**card["recipe"])  # what a recipe has learnt to say since then is at its default
     assert json.dumps(dataclasses.asdict(made_by)) == json.dumps(dataclasses.asdict(recipe))
-    assert len(card["training"]["loss_by_epoch"]) == recipe.epochs
+    losses = card["training"]["loss_by_epoch"]
+    assert len(losses) == recipe.epochs
+    assert losses[-1] < losses[0]
+    assert card["training"]["images_seen"] == recipe.epochs * 49_920  # whole batches of 50,000 images
     assert card["licence"] == "Apache-2.0"
+    assert card["tuning"].startswith("None")
     assert ("head.weight" in state) == (recipe.method == "supervised")
     if recipe.method == "supervised":
         assert card["test_accuracy"]["own_head"] > 0.6
         assert card["classes"] == sorted(card["classes"])
-    else:
+    if recipe.method == "mae":
         assert recipe.epochs >= 40
-        assert card["training"]["loss_by_epoch"][-1] < 0.536  # of the 10-epoch trial
+        assert losses[-1] < 0.536  # of the 10-epoch trial
     for pooled in ("cls", "average"):
         assert card["test_accuracy"][f"knn20_{pooled}"] > 0.28  # of random weights

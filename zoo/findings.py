@@ -92,7 +92,7 @@ def late(profile: Profile) -> pd.DataFrame:
     rows = [(name, profile.estimate(name, LATE)) for name in STATISTICS]
     return pd.DataFrame(
         [
-            {"model": profile.name, "statistic": name}
+            {"model": profile.name, "weights": profile.manifest["model"]["weights_sha256"][:12], "statistic": name}
             | {"mean": float(e.mean), "ci_low": float(e.low), "ci_high": float(e.high), "n": e.n}
             for name, e in rows
         ]

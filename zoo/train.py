@@ -54,7 +54,7 @@ def train(recipe: Recipe, data: Path, out: Path) -> Path:
     objective = build_objective(recipe).to(device)
     if device.type == "cpu":  # where the backward pass of fused attention took 60 % of a step at this size
         for part in objective.modules():
-            if hasattr(part, "fused_attn"):
+            if hasattr(part, "fused_attn") and any(weight.requires_grad for weight in part.parameters()):
                 part.fused_attn = False  # type: ignore[assignment]
     optimizer = make_optimizer(objective, recipe)
     folder = out / recipe.name

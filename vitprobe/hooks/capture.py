@@ -328,7 +328,7 @@ class Capture:
             reasons = "; ".join(f"{name} {self.undefined[name]}" for name in wanted)
             raise UserError(f"{self._model_name} has none of the statistics asked for: {reasons}")
         return {
-            name: torch.stack([torch.cat([batch[name] for batch in batches]) for batches in blocks], dim=1)
+            name: torch.stack([_joined([batch[name] for batch in batches]) for batches in blocks], dim=1)
             for name in wanted
             if name not in self.undefined
         }
@@ -345,6 +345,11 @@ class Capture:
                 f"no forward pass of {self._model_name} has run inside this capture; call the model inside the with"
             )
         return [one for of_pass in of_block[: self._complete] for one in of_pass]
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    """Of all batches; of one without a copy, which on a GPU would be a kernel for each statistic and block."""
+    return values[0] if len(values) == 1 else torch.cat(values)
 
 
 def _untraced(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,41 @@
+"""`vitprobe bench`: what seeing attention costs on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vitprobe.cli.options import SomePath, SomeText
+from vitprobe.errors import UserError
+
+
+@click.command("bench", short_help="Measure what seeing attention costs on this machine.")
+@click.option("--model", type=SomeText(), default="vit_base_patch16_224", show_default=True, help="Any model by name.")
+@click.option("--img-size", type=click.IntRange(min=1), help="Pixels a side; the model's own by default.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images in a batch.")
+@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Pairs of timings.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A CUDA GPU where there is one by default.")
+@click.option(
+    "--autocast",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="What the forward pass runs in; bfloat16 on a GPU by default, else float32.",
+)
+@click.option("--out", type=SomePath(), help="Write the numbers to this JSON file too.")
+def command(out: Path | None, device: str | None, **options: Any) -> None:
+    """Time captures against the plain forward pass and the usual ways, paired, with random weights."""
+    import torch
+
+    from vitprobe.bench import benchmark, report
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("there is no CUDA GPU here: leave --device out, or choose cpu")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and options["autocast"] is None:
+        options["autocast"] = "bfloat16"
+    if options["autocast"] == "float32":
+        options["autocast"] = None
+    costs = benchmark(device=device, progress=click.echo, **options)
+    if out is not None:
+        report(out, costs, {"device": device, **options})
