@@ -34,7 +34,6 @@ class Recipe:
     architecture: dict[str, Any] = field(default_factory=bundled_architecture)
     # Masked image modelling, and I-JEPA's predictor.
     initial: str = "timm"  # MAE's ViT: timm's narrow normal weights, or "xavier" as in the paper's code
-    position: str = "fixed"  # MAE's position table: sine-cosine as in the paper, or "trained"
     mask_ratio: float = 0.75
     mask_square: int = 1  # side, in patches, of what is hidden together
     decoder_dim: int = 96

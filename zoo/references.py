@@ -11,9 +11,9 @@ from pathlib import Path
 import vitprobe as vp
 from vitprobe.profile.profile import Profile
 from vitprobe.profile.references import COMPARED
+from zoo.findings import BUNDLED
 
 REFERENCES = Path(vp.__file__).parent / "profile" / "references.json"
-MODELS = ("mae_vit_nano", "mae_ft_vit_nano", "mocov3_vit_nano", "supervised_vit_nano", "random_vit_nano")
 
 
 def entry(profile: Profile) -> dict:
@@ -31,7 +31,7 @@ def entry(profile: Profile) -> dict:
 
 def main() -> None:
     """Write `references.json`."""
-    entries = [entry(vp.analyze(name)) for name in MODELS]
+    entries = [entry(vp.analyze(name)) for name in BUNDLED]
     REFERENCES.write_text(json.dumps(entries, indent=1) + "\n")
 
 

@@ -32,8 +32,7 @@ class MaskedAutoencoder(Objective):
             xavier_weights(self.vit)
             assert self.vit.cls_token is not None
             nn.init.normal_(self.vit.cls_token, std=0.02)
-        if recipe.position == "fixed":
-            self.vit.pos_embed = nn.Parameter(sincos_position_embedding(grid, width), requires_grad=False)
+        self.vit.pos_embed = nn.Parameter(sincos_position_embedding(grid, width), requires_grad=False)
         self.mask_ratio = recipe.mask_ratio
         dim = recipe.decoder_dim
         self.decoder_embed = nn.Linear(width, dim)
