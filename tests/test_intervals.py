@@ -1,19 +1,61 @@
 """Means and intervals: groups are the unit, bounded and unbounded statistics, coverage by simulation."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from vitprobe.profile.intervals import estimate, group_means
+from vitprobe.profile.intervals import Running, estimate, group_sizes
 
 SHARE, RATIO = (0.0, 1.0), (0.0, math.inf)
 
 
-def test_group_means_weigh_the_images_of_a_group_alike_and_keep_the_order_of_groups():
-    values = np.array([[1.0], [3.0], [10.0]])
-    np.testing.assert_array_equal(group_means(values, ["b", "b", "a"]), [[2.0], [10.0]])
+def test_a_group_counts_once_whatever_its_size():
+    result = estimate(np.array([[1.0], [3.0], [10.0]]), ["b", "b", "a"])
+    expected = stats.ttest_1samp([2.0, 10.0], 0).confidence_interval(0.95)
+    np.testing.assert_allclose([result.mean, result.low, result.high], [[6.0], [expected.low], [expected.high]])
+    assert result.n == 2
+
+
+@pytest.mark.parametrize("bounds", [SHARE, RATIO], ids=["share", "ratio"])
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_values_that_come_in_parts_give_what_all_at_once_give(bounds, grouped, offset):
+    """Against numpy on the whole: parts of any size, groups that end in a later part than they begin in."""
+    rng = np.random.default_rng(5)
+    values = rng.uniform(0.1, 0.9, size=(200, 3, 2)) + (offset if bounds == RATIO else 0.0)
+    groups = [str(x) for x in (rng.integers(0, 60, 200) if grouped else range(200))]
+    running = Running(group_sizes(groups), bounds)
+    edges = [0, 1, 1, 64, 90, 199, 200]
+    for start, stop in itertools.pairwise(edges):
+        running.add(values[start:stop], groups[start:stop])
+    found = running.estimate()
+    means = np.stack([values[[g == group for g in groups]].mean(0) for group in dict.fromkeys(groups)])
+    scaled = np.log(means) if bounds == RATIO else means
+    half = stats.t.ppf(0.975, len(means) - 1) * scaled.std(axis=0, ddof=1) / np.sqrt(len(means))
+    low, high = scaled.mean(axis=0) - half, scaled.mean(axis=0) + half
+    np.testing.assert_allclose(found.mean, means.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(found.low, np.exp(low) if bounds == RATIO else low, rtol=1e-9)
+    np.testing.assert_allclose(found.high, np.exp(high) if bounds == RATIO else high, rtol=1e-9)
+    assert found.n == len(means)
+
+
+def test_equal_values_in_parts_leave_no_spread_at_all():
+    running = Running(None, SHARE)
+    for size in (3, 5, 1):
+        running.add(np.full((size, 1), 0.1), [""] * size)
+    found = running.estimate()
+    np.testing.assert_array_equal(found.low, found.high)
+
+
+def test_memory_holds_open_groups_alone():
+    groups = ["a", "b", "a", "c", "c"]
+    running = Running(group_sizes(groups), SHARE)
+    for group, held in zip(groups, (["a"], ["a", "b"][:1], [], ["c"], []), strict=True):
+        running.add(np.array([[0.5]]), [group])
+        assert list(running._begun) == held
 
 
 def test_t_interval_equals_scipys():

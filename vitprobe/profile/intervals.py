@@ -8,8 +8,10 @@ are, both are of a confidence sequence instead (`sequence_half_width`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -44,13 +46,10 @@ class Estimate:
     kind: str
 
 
-def group_means(values: Float[np.ndarray, "image ..."], groups: Sequence[str]) -> Float[np.ndarray, "group ..."]:
-    """Mean within each group, float64, in the order in which groups first appear."""
-    codes: dict[str, int] = {}
-    index = np.array([codes.setdefault(group, len(codes)) for group in groups], dtype=np.intp)
-    sums = np.zeros((len(codes), *values.shape[1:]))
-    np.add.at(sums, index, values.astype(np.float64))
-    return sums / np.bincount(index, minlength=len(codes)).reshape(-1, *[1] * (values.ndim - 1))
+def group_sizes(groups: Sequence[str]) -> Mapping[str, int] | None:
+    """Images of each group; None where every image is a group of its own."""
+    sizes = Counter(groups)
+    return sizes if len(sizes) < len(groups) else None
 
 
 def statistic_bounds(name: str, layout: TokenLayout, signed: bool = False) -> tuple[float, float]:
@@ -93,6 +92,82 @@ def sequence_half_width(
     return np.asarray(np.where(spread > 0, boundary * spread, -log_alpha / n * reach))
 
 
+class Running:
+    """Mean over groups and its interval, of values that come a part at a time.
+
+    Memory holds the sums of groups that are not whole yet, and nothing else that grows with the number of images.
+    Moments of parts are merged as by Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing
+    sample variances", 1982), of differences from the first group, so that equal values leave a spread of exactly 0.
+    """
+
+    def __init__(self, sizes: Mapping[str, int] | None, bounds: tuple[float, float] = (-np.inf, np.inf)) -> None:
+        """`sizes` as of `group_sizes`, for all images that will come; `bounds` of their values."""
+        self._sizes = sizes
+        self._bounds = bounds
+        self._logarithmic = on_log_scale(bounds)
+        self._begun: dict[str, tuple[int, Any]] = {}  # images so far, and their sum
+        self._n = 0
+        self._has_interval = True
+        # Of group means: their sum. Of these, or their logarithms, as differences from the first: mean and squares.
+        self._total: Any = 0.0
+        self._origin: Any = None
+        self._middle: Any = 0.0
+        self._squares: Any = 0.0
+
+    def add(self, values: Float[np.ndarray, "image ..."], groups: Sequence[str]) -> None:
+        """Take some images, with the group of each."""
+        values = values.astype(np.float64)
+        means = values if self._sizes is None else self._whole(values, groups, self._sizes)
+        if not len(means):
+            return
+        before, self._n = self._n, self._n + len(means)
+        self._total = self._total + means.sum(axis=0)
+        if self._logarithmic and not (np.isfinite(means) & (means > 0)).all():
+            self._has_interval = False
+        if not self._has_interval:
+            return
+        scaled = np.log(means) if self._logarithmic else means
+        self._origin = scaled[0] if self._origin is None else self._origin
+        away = scaled - self._origin
+        middle = away.mean(axis=0)
+        step = middle - self._middle
+        self._middle = self._middle + step * len(means) / self._n
+        self._squares = self._squares + ((away - middle) ** 2).sum(axis=0) + step**2 * before * len(means) / self._n
+
+    def _whole(
+        self, values: Float[np.ndarray, "image ..."], groups: Sequence[str], sizes: Mapping[str, int]
+    ) -> Float[np.ndarray, "group ..."]:
+        """Means of the groups that these images complete."""
+        means = []
+        for group, value in zip(groups, values, strict=True):
+            count, total = self._begun.pop(group, (0, 0.0))
+            count, total = count + 1, total + value
+            if count == sizes[group]:
+                means.append(total / count)
+            else:
+                self._begun[group] = count, total
+        return np.array(means)
+
+    def estimate(self, level: float = LEVEL, sequential: bool = False) -> Estimate:
+        """What has come; as `estimate`, the function."""
+        n, mean = self._n, np.asarray(self._total / self._n)
+        if n < 2 or not self._has_interval:
+            nothing = np.full(mean.shape, np.nan)
+            return Estimate(mean, mean, nothing, nothing, n, "none")
+        middle, spread = np.asarray(self._origin + self._middle), np.asarray(np.sqrt(self._squares / (n - 1)))
+        if sequential:
+            reach = np.inf if self._logarithmic else self._bounds[1] - self._bounds[0]
+            half = sequence_half_width(spread, n, reach, level)
+            half = np.where(np.isfinite(half), half, np.nan)
+        else:
+            half = stats.t.ppf((1 + level) / 2, n - 1) * spread / np.sqrt(n)
+        ends = np.stack([middle - half, middle + half])
+        low, high = np.exp(ends) if self._logarithmic else np.clip(ends, *self._bounds)
+        center = np.exp(middle) if self._logarithmic else mean
+        kind = ("log-" if self._logarithmic else "") + ("cs" if sequential else "t")
+        return Estimate(mean, np.asarray(center), np.asarray(low), np.asarray(high), n, kind)
+
+
 def estimate(
     values: Float[np.ndarray, "image ..."],
     groups: Sequence[str],
@@ -107,22 +182,6 @@ def estimate(
 
     `sequential` is for values whose number the data decided: the interval is of a confidence sequence, not Student's.
     """
-    means = group_means(values, groups)
-    n, mean = len(means), np.asarray(means.mean(axis=0))
-    logarithmic = on_log_scale(bounds)
-    if n < 2 or (logarithmic and not (np.isfinite(means) & (means > 0)).all()):
-        nothing = np.full(mean.shape, np.nan)
-        return Estimate(mean, mean, nothing, nothing, n, "none")
-    scaled = np.log(means) if logarithmic else means
-    middle = np.asarray(scaled.mean(axis=0))
-    spread = np.asarray((scaled - scaled[0]).std(axis=0, ddof=1))  # exactly 0 of values that are all the same
-    if sequential:
-        half = sequence_half_width(spread, n, np.inf if logarithmic else bounds[1] - bounds[0], level)
-        half = np.where(np.isfinite(half), half, np.nan)
-    else:
-        half = stats.t.ppf((1 + level) / 2, n - 1) * spread / np.sqrt(n)
-    ends = np.stack([middle - half, middle + half])
-    low, high = np.exp(ends) if logarithmic else np.clip(ends, *bounds)
-    center = np.exp(middle) if logarithmic else mean
-    kind = ("log-" if logarithmic else "") + ("cs" if sequential else "t")
-    return Estimate(mean, np.asarray(center), np.asarray(low), np.asarray(high), n, kind)
+    running = Running(group_sizes(groups), bounds)
+    running.add(values, groups)
+    return running.estimate(level, sequential)

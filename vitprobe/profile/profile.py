@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vitprobe.files import write_atomically
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.profile.diagnosis import Diagnosis, diagnose
 from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
-from vitprobe.profile.intervals import Estimate, estimate, statistic_bounds
+from vitprobe.profile.intervals import Estimate, Running, group_sizes, statistic_bounds
 from vitprobe.profile.values import MemoryValues, ShardValues
 from vitprobe.statistics import STATISTICS, select
 
@@ -97,21 +98,27 @@ class Profile:
         Raises:
             UserError: for a statistic that this profile does not hold, with the reason.
         """
-        values = self._read(statistic)
-        if not heads:
-            values = values.mean(axis=2)
-        if blocks is not None:
-            values = values[:, blocks].mean(axis=1)
-        return self._estimate(statistic, values)
+        running = self._running(statistic)
+        for values, groups in self._parts(statistic):
+            values = values if heads else values.mean(axis=2)
+            running.add(values if blocks is None else values[:, blocks].mean(axis=1), groups)
+        return self._estimate(running)
 
-    def _read(self, statistic: str) -> Float64[np.ndarray, "image block head"]:
+    def _parts(self, statistic: str) -> Iterator[tuple[Float64[np.ndarray, "image block head"], list[str]]]:
         self._require(statistic)
-        return self.values.read(statistic).astype(np.float64)
+        return ((values.astype(np.float64), groups) for values, groups in self.values.parts(statistic))
 
-    def _estimate(self, statistic: str, values: Float64[np.ndarray, "image ..."]) -> Estimate:
+    def _running(self, statistic: str) -> Running:
         bounds = statistic_bounds(statistic, self.layout, bool(self.manifest.get("signed")))
-        sequential = self.manifest["arguments"].get("tolerance") is not None  # the data decided n
-        return estimate(values, self.values.groups, bounds, sequential=sequential)
+        return Running(self._group_sizes, bounds)
+
+    @cached_property
+    def _group_sizes(self) -> Mapping[str, int] | None:
+        return group_sizes(self.values.groups)
+
+    def _estimate(self, running: Running) -> Estimate:
+        # Of a run with a tolerance the data decided n.
+        return running.estimate(sequential=self.manifest["arguments"].get("tolerance") is not None)
 
     def table(self, statistics: Sequence[str] | None = None) -> pd.DataFrame:
         """The results, tidy: a row a statistic, block and head, and one more a block for the mean over heads.
@@ -132,11 +139,14 @@ class Profile:
         return table
 
     def _frames(self, name: str) -> list[pd.DataFrame]:
-        values = self._read(name)  # once for both
-        over_heads = self._estimate(name, values.mean(axis=2))
-        frames = [self._frame(name, over_heads, np.arange(self.num_blocks), [None] * self.num_blocks)]
+        of_mean, of_heads = self._running(name), self._running(name)
+        for values, groups in self._parts(name):  # read once for both
+            of_mean.add(values.mean(axis=2), groups)
+            of_heads.add(values, groups)
+        frames = [self._frame(name, self._estimate(of_mean), np.arange(self.num_blocks), [None] * self.num_blocks)]
         if STATISTICS[name].per_head:
-            by_head, count = self._estimate(name, values), values.shape[2]
+            by_head = self._estimate(of_heads)
+            count = by_head.mean.shape[1]
             blocks, heads = np.repeat(np.arange(self.num_blocks), count), np.tile(np.arange(count), self.num_blocks)
             frames.append(self._frame(name, by_head, blocks, heads))
         return frames

@@ -72,6 +72,10 @@ class Values(Protocol):
         """Every image's values of one statistic."""
         ...
 
+    def parts(self, statistic: str) -> Iterator[tuple[Float32[np.ndarray, "image block head"], list[str]]]:
+        """The same a shard at a time, each with the groups of its images."""
+        ...
+
     def shards(self) -> Iterator[Shard]:
         """The values shard by shard."""
         ...
@@ -104,7 +108,11 @@ class MemoryValues:
 
     def read(self, statistic: str) -> Float32[np.ndarray, "image block head"]:
         """Every image's values of one statistic."""
-        return np.concatenate([piece.arrays[statistic] for piece in self.pieces if piece.arrays])
+        return np.concatenate([values for values, _ in self.parts(statistic)])
+
+    def parts(self, statistic: str) -> Iterator[tuple[Float32[np.ndarray, "image block head"], list[str]]]:
+        """The same a piece at a time, each with the groups of its images."""
+        yield from ((piece.arrays[statistic], piece.groups) for piece in self.pieces if piece.arrays)
 
     def shards(self) -> Iterator[Shard]:
         """The pieces as they were added."""
@@ -162,18 +170,22 @@ class ShardValues:
 
     def read(self, statistic: str) -> Float32[np.ndarray, "image block head"]:
         """Every image's values of one statistic, from disk."""
-        parts: list[np.ndarray] = []
+        return np.concatenate([values for values, _ in self.parts(statistic)])
+
+    def parts(self, statistic: str) -> Iterator[tuple[Float32[np.ndarray, "image block head"], list[str]]]:
+        """The same a shard at a time, each with the groups of its images."""
+        shape: tuple[int, ...] | None = None
         for key, head in self._heads.items():
             if not head.names:
                 continue
             with _open(self._path(key)) as shard:
                 part = shard.get_tensor(statistic) if statistic in set(shard.keys()) else None
-            if part is None or part.shape[1:] != (parts or [part])[0].shape[1:]:
+            if part is None or part.shape[1:] != (shape or part.shape[1:]):
                 raise UserError(
                     f"{self._path(key)} is of another run than the shards before it; analyze again with --overwrite"
                 )
-            parts.append(part)
-        return np.concatenate(parts)
+            shape = part.shape[1:]
+            yield part, head.groups
 
     def shards(self) -> Iterator[Shard]:
         """The shards in order."""
