@@ -120,7 +120,7 @@ def test_list_models():
 
 def test_list_models_filters_by_words_in_any_field():
     assert set(list_models("Registers darcet VIT_L dinov2")["name"]) == {"dinov2_vit_l_reg"}
-    assert set(list_models("bundled MAE")["name"]) == {"mae_vit_nano"}
+    assert set(list_models("bundled MAE")["name"]) == {"mae_vit_nano", "mae_xavier_vit_nano", "mae_ft_vit_nano"}
     assert len(list_models("nothing_has_this")) == 0
     assert tuple(list_models("nothing_has_this").columns) == COLUMNS
     assert len(list_models("  ")) == len(all_specs())
@@ -128,7 +128,7 @@ def test_list_models_filters_by_words_in_any_field():
 
 def test_list_models_filters_by_paradigm():
     assert set(list_models(paradigm="jea")["method"]) == {"DINO", "I-JEPA", "MoCo v3"}
-    assert set(list_models("nano", paradigm="MIM")["name"]) == {"mae_vit_nano"}
+    assert set(list_models("nano", paradigm="MIM")["name"]) == {"mae_vit_nano", "mae_xavier_vit_nano"}
     with pytest.raises(UserError) as caught:
         list_models(paradigm="SSL")
     assert str(caught.value) == (

@@ -1,6 +1,9 @@
-"""A masked autoencoder on as many images as the other methods here had: `mae_vit_nano`, 10 epochs instead of 40.
+"""`mae_vit_nano` in 10 epochs instead of 40: as many views as the other methods here had. Not shipped.
 
-python -m zoo.train mae10_vit_nano --data cifar10_train.tar --out runs/zoo
+    python -m zoo.train mae10_vit_nano --data cifar10_train.tar --out runs/zoo
+
+MINUTES minutes on one core of a shared CPU, others at work beside it (bfloat16 autocast). Loss 0.748 → 0.414.
+20-NN accuracy on 8,000 test images: ACC (`python -m zoo.evaluate mae10_vit_nano …`).
 """
 
 from zoo.recipe import Recipe
