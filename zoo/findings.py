@@ -126,7 +126,7 @@ def judge(claim: Claim, profiles: dict[str, Profile]) -> dict[str, object]:
 def draw(profiles: list[Profile]) -> None:
     """Figures 3, 4 and 5 of the paper side by side."""
     with style():
-        figure = Figure(figsize=(10.2, 4.1), layout="constrained")
+        figure = Figure(figsize=(10.2, 4.7), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
     vp.figures.cls_self_attention(profiles, ax=left)
     vp.figures.cls_entropy(profiles, ax=middle)

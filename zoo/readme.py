@@ -20,7 +20,7 @@ def main() -> None:
     """Draw it."""
     profiles = [vp.analyze(model) for model in MODELS]
     with style():
-        figure = Figure(figsize=(10.2, 4.1), layout="constrained")
+        figure = Figure(figsize=(10.2, 4.5), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
     vp.figures.cls_self_attention(profiles, ax=left)
     vp.figures.cls_entropy(profiles, ax=middle)

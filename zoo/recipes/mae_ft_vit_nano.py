@@ -2,8 +2,8 @@
 
     python -m zoo.train mae_ft_vit_nano --data cifar10_train.tar --out runs/zoo
 
-61 minutes on one core of a shared CPU, others at work beside it (bfloat16 autocast). Loss 1.709 → 1.121 (label smoothing
-0.1). Accuracy on 8,000 test images: 0.712; 20-NN: [cls] 0.720, average patch 0.543; linear: 0.723, 0.631
+61 minutes on one core of a shared CPU, others at work beside it (bfloat16 autocast). Loss 1.709 → 1.121 (label
+smoothing 0.1). Accuracy on 8,000 test images: 0.712; 20-NN: [cls] 0.720, average patch 0.543; linear: 0.723, 0.631
 (`python -m zoo.evaluate mae_ft_vit_nano …`).
 """
 
