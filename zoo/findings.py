@@ -123,15 +123,15 @@ def judge(claim: Claim, profiles: dict[str, Profile]) -> dict[str, object]:
     }
 
 
-def draw(profiles: list[Profile]) -> None:
-    """Figures 3, 4 and 5 of the paper side by side."""
+def draw(profiles: list[Profile], to: Path, height: float) -> None:
+    """Figures 3, 4 and 5 of the paper side by side; `height` in inches leaves room for the legend."""
     with style():
-        figure = Figure(figsize=(10.2, 4.7), layout="constrained")
+        figure = Figure(figsize=(10.2, height), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
     vp.figures.cls_self_attention(profiles, ax=left)
     vp.figures.cls_entropy(profiles, ax=middle)
     vp.figures.patch_self_attention(profiles, ax=right)
-    for path in vp.figures.save_figure(figure, FIGURE):
+    for path in vp.figures.save_figure(figure, to):
         print(path.name)
 
 
@@ -152,7 +152,7 @@ def measure(test: Path, verified: Path, out: Path) -> None:
         [pd.read_csv(path).assign(model=path.parent.name) for path in sorted(verified.glob("*/accuracy.csv"))]
     )
     gains.to_csv(TABLES / "aggregation.csv", index=False, float_format="%.6g")
-    draw([profiles[name] for name in BUNDLED])
+    draw([profiles[name] for name in BUNDLED], FIGURE, 4.7)
 
 
 def stored(name: str) -> list[dict[str, Any]]:

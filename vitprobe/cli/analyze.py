@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from vitprobe.cli.options import SomePath, SomeText, which_models, which_way
-from vitprobe.cli.runs import choose_folders, choose_models, earlier_figures, say_skipped
+from vitprobe.cli.runs import choose_runs, earlier_figures, say_skipped
 from vitprobe.errors import UserError
 from vitprobe.profile.launch import launched, rank
 from vitprobe.screen import how, profile_table, wrapped
@@ -79,11 +79,7 @@ def command(
 
     On several GPUs or machines: torchrun --nproc-per-node 8 -m vitprobe analyze …
     """
-    if options["resume"] and out is None:
-        raise UserError("--resume goes on with a run, and that needs its folder: give --out too")
-    names = choose_models(models, checkpoint, arch)
-    folders = choose_folders(names, out)
-    given = {"checkpoint": checkpoint if models else None, "arch": arch}
+    names, folders, given = choose_runs(models, checkpoint, arch, out, options["resume"])
     if not launched():
         _analyze(names, folders, given, options)
         return

@@ -64,5 +64,5 @@ def _fail(message: str) -> NoReturn:
 def main() -> None:
     """Exact attention diagnostics for Vision Transformers.
 
-    Start with `vitprobe analyze`: it diagnoses the bundled models on packaged photographs, offline.
+    Start with `vitprobe analyze`: it diagnoses two bundled models on packaged photographs, offline.
     """

@@ -47,7 +47,7 @@ def which_models(command: Callable) -> Callable:
             multiple=True,
             metavar="NAME",
             help="An alias (vitprobe models), any timm name, hf-hub:… or hf:…; repeat for several.  "
-            "[the bundled models]",
+            "[mae_vit_nano and supervised_vit_nano]",
         ),
     ):
         command = option(command)

@@ -14,7 +14,17 @@ from vitprobe.errors import UserError
 BUNDLED = ("mae_vit_nano", "supervised_vit_nano")  # what is taken where no model is named
 
 
-def choose_models(models: tuple[str, ...], checkpoint: Path | None, arch: str | None) -> list[str]:
+def choose_runs(
+    models: tuple[str, ...], checkpoint: Path | None, arch: str | None, out: Path | None, resume: bool, prefix: str = ""
+) -> tuple[list[str], list[Path], dict[str, Any]]:
+    """What to load, a run's folder for each (its name begins with `prefix` without `out`), and how to load it."""
+    if resume and out is None:
+        raise UserError("--resume goes on with a run, and that needs its folder: give --out too")
+    names = _models(models, checkpoint, arch)
+    return names, _folders(names, out, prefix), {"checkpoint": checkpoint if models else None, "arch": arch}
+
+
+def _models(models: tuple[str, ...], checkpoint: Path | None, arch: str | None) -> list[str]:
     """What to load: the models, else the checkpoint, else the bundled ones."""
     if checkpoint is not None and len(models) > 1:
         raise UserError("--checkpoint fits one --model; run the command once for each checkpoint")
@@ -25,7 +35,7 @@ def choose_models(models: tuple[str, ...], checkpoint: Path | None, arch: str | 
     return [str(checkpoint)] if checkpoint is not None else list(BUNDLED)
 
 
-def choose_folders(names: list[str], out: Path | None, prefix: str = "") -> list[Path]:
+def _folders(names: list[str], out: Path | None, prefix: str) -> list[Path]:
     """A run's folder for each model."""
     plain = ["".join(c if c.isalnum() or c in "._-" else "_" for c in Path(name).name) for name in names]
     if len(set(plain)) < len(plain):

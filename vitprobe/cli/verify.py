@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitprobe.cli.options import SomePath, SomeText, which_models, which_way
-from vitprobe.cli.runs import choose_folders, choose_models, earlier_figures, say_skipped
+from vitprobe.cli.runs import choose_runs, earlier_figures, say_skipped
 from vitprobe.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,11 +66,7 @@ def command(
 
     The main line: vitprobe verify --model mae_vit_b --data IMAGENET
     """
-    if options["resume"] and out is None:
-        raise UserError("--resume goes on with a run, and that needs its folder: give --out too")
-    names = choose_models(models, checkpoint, arch)
-    folders = choose_folders(names, out, "verify-")
-    given = {"checkpoint": checkpoint if models else None, "arch": arch}
+    names, folders, given = choose_runs(models, checkpoint, arch, out, options["resume"], "verify-")
 
     from vitprobe.aggregation.registry import split_names
     from vitprobe.figures import save_figure, selective_aggregation
