@@ -4,8 +4,8 @@
     python -m zoo.findings
 
 The first reads the bundled models, the comparison runs under `--out` and the verifications under `--verified`, and
-writes `zoo/findings/*.csv` and `figures/findings.*` (10 minutes on a core). The second prints
-the tables from these files.
+writes `zoo/measured/*.csv` and `figures/findings.*` (10 minutes on a core). The second prints the
+tables from these files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from zoo.objectives import build_objective
 from zoo.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
-TABLES = Path(__file__).parent / "findings"
+TABLES = Path(__file__).parent / "measured"
 FIGURE = ROOT / "figures" / "findings"
 
 STATISTICS = ("cls_self_attention", "cls_entropy", "cls_entropy_share", "patch_self_attention_ratio")

@@ -55,8 +55,8 @@ def ship(recipe: Recipe, out: Path, bundled: Path = BUNDLED) -> None:
         "test_accuracy": json.loads((folder / "accuracy.json").read_text()),
         "test_accuracy_note": "8,000 of CIFAR-10's test images; k-NN and linear probes fitted on 10,000 training "
         "images (python -m zoo.evaluate)",
-        "tuning": "None: the recipe was written once, none of its numbers was chosen by comparing runs, and the "
-        "weights are those of the last epoch.",
+        "tuning": "None: no number of the recipe was chosen by comparing runs, and the weights are those of the last "
+        "epoch.",
         "licence": "Apache-2.0",
         "limits": "One seed, small images, few epochs: for trying vitprobe and for tests, not a measure of its method.",
     }
