@@ -123,7 +123,10 @@ def test_one_image_has_no_interval():
 
 def test_the_shipped_references_are_of_the_bundled_architecture():
     entries = {entry.name: entry for entry in load_references()}
-    assert {"mae_vit_nano", "supervised_vit_nano", "random_vit_nano"} <= set(entries)
+    assert set(entries) == {
+        *("mae_vit_nano", "mae_xavier_vit_nano", "mae_ft_vit_nano"),
+        *("mocov3_vit_nano", "supervised_vit_nano", "random_vit_nano"),
+    }
     assert {entry.architecture for entry in entries.values()} == {
         "VisionTransformer depth 12 width 128 heads 4 patch 4x4 prefix 1"
     }

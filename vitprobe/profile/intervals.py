@@ -116,7 +116,7 @@ class Running:
 
     def add(self, values: Float[np.ndarray, "image ..."], groups: Sequence[str]) -> None:
         """Take some images, with the group of each."""
-        values = values.astype(np.float64)
+        values = np.asarray(values, dtype=np.float64)
         means = values if self._sizes is None else self._whole(values, groups, self._sizes)
         if not len(means):
             return

@@ -139,12 +139,13 @@ class Profile:
         return table
 
     def _frames(self, name: str) -> list[pd.DataFrame]:
-        of_mean, of_heads = self._running(name), self._running(name)
+        of_mean, of_heads, per_head = self._running(name), self._running(name), STATISTICS[name].per_head
         for values, groups in self._parts(name):  # read once for both
             of_mean.add(values.mean(axis=2), groups)
-            of_heads.add(values, groups)
+            if per_head:
+                of_heads.add(values, groups)
         frames = [self._frame(name, self._estimate(of_mean), np.arange(self.num_blocks), [None] * self.num_blocks)]
-        if STATISTICS[name].per_head:
+        if per_head:
             by_head = self._estimate(of_heads)
             count = by_head.mean.shape[1]
             blocks, heads = np.repeat(np.arange(self.num_blocks), count), np.tile(np.arange(count), self.num_blocks)
