@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from vitprobe.cli.options import SomePath, SomeText, which_models, which_way
-from vitprobe.cli.runs import choose_runs, earlier_figures, say_skipped
+from vitprobe.cli.runs import choose_runs, earlier_figures, say_remarks, say_skipped
 from vitprobe.errors import UserError
 from vitprobe.profile.launch import launched, rank
 from vitprobe.screen import how, profile_table, wrapped
@@ -128,7 +128,9 @@ def _analyze(names: list[str], folders: list[Path], given: dict[str, Any], optio
             raise
         if not first:
             continue
-        click.echo(f"\n{profile_table(profile)}\n\n{wrapped([*profile.diagnosis().lines, *how(profile)])}")
+        click.echo()
+        say_remarks(profile.manifest)
+        click.echo(f"{profile_table(profile)}\n\n{wrapped([*profile.diagnosis().lines, *how(profile)])}")
         say_skipped(profile.manifest)
         profiles.append(profile)
     if not first:

@@ -56,6 +56,12 @@ def earlier_figures(folder: Path, stems: Iterable[str] | None = None) -> list[Pa
     return [path for stem in stems or PAPER_FIGURES for kind in FORMATS if (path := folder / f"{stem}.{kind}").exists()]
 
 
+def say_remarks(manifest: dict[str, Any]) -> None:
+    """Print what must be known before the numbers: defaults that were assumed, which weights were taken."""
+    for remark in manifest.get("remarks", []):
+        click.echo(f"note: {remark}")
+
+
 def say_skipped(manifest: dict[str, Any]) -> None:
     """Name the images that could not be read."""
     skipped = manifest["data"]["skipped"]

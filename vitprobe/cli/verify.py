@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitprobe.cli.options import SomePath, SomeText, which_models, which_way
-from vitprobe.cli.runs import choose_runs, earlier_figures, say_skipped
+from vitprobe.cli.runs import choose_runs, earlier_figures, say_remarks, say_skipped
 from vitprobe.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def command(
                 click.echo(f"what was saved is kept: the same command with --out {root} --resume goes on", err=True)
             raise
         verification = found[-1]
-        click.echo(f"\n{verification.name} ({verification.paradigm}) on {verification.data}\n{verification}")
+        click.echo()
+        say_remarks(verification.manifest)
+        click.echo(f"{verification.name} ({verification.paradigm}) on {verification.data}\n{verification}")
         _say_left_out(verification.manifest)
         say_skipped(verification.manifest)
     for path in earlier:

@@ -30,6 +30,8 @@ class LoadedModel:
         transform: from a picture to the tensor it expects.
         spec: what is known of it.
         anatomy: where it keeps its blocks and takes its images.
+        remarks: lines that a user must read about how the model was taken: a default that was assumed, which of
+            several sets of weights was loaded. A run prints them first and keeps them in its manifest.
     """
 
     module: nn.Module
@@ -37,6 +39,7 @@ class LoadedModel:
     transform: ImageTransform
     spec: ModelSpec
     anatomy: Anatomy
+    remarks: tuple[str, ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass."""

@@ -57,6 +57,11 @@ class Profile:
         return self.manifest["model"]["paradigm"]
 
     @property
+    def remarks(self) -> list[str]:
+        """Lines that a reader must know: defaults that were assumed, which weights were taken, what was left out."""
+        return self.manifest.get("remarks", [])
+
+    @property
     def layout(self) -> TokenLayout:
         """Which token is what."""
         layout = self.manifest["layout"]
