@@ -23,7 +23,7 @@ def patch_attention(view: AttentionView, rows: slice) -> Float[Tensor, "batch he
 
     Args:
         view: the attention of a block.
-        rows: positions of the queries.
+        rows: positions of the queries, in canonical order.
     """
     logits = view.source
     batch, heads, tokens = logits.shape

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitprobe.attention.rows import RowSummary
+from vitprobe.attention.rows import RowSummary, patch_rows
 from vitprobe.models.tokens import TokenLayout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -130,7 +130,7 @@ def _launch(
             enable_fp_fusion=True,  # Triton's own default is about to change, and warns of it
         )  # fmt: skip
     log_z, log_z_patches, self_logits, entropy = sums[:4]
-    first, patches = (slice(None), slice(None), slice(0, 1)), (slice(None), slice(None), layout.patches)
+    first, patches = (slice(None), slice(None), slice(0, 1)), (slice(None), slice(None), patch_rows(layout))
     of_first = RowSummary(log_z[first], log_z_patches[first], self_logits[first], prefix_logits[first], entropy[first])
     return output, RowSummary(
         log_z[patches],

@@ -68,7 +68,7 @@ def summarize_rows(
 
     Args:
         logits: of one batch.
-        layout: its tokens.
+        layout: its tokens, in canonical order.
         rows: positions of the queries: patches alone, or prefix tokens alone.
         entropies: whether entropies, and of patches distances, are wanted.
         value: values, where attention's output is wanted too.
@@ -128,6 +128,11 @@ def summarize_rows(
         if output is not None and value is not None:
             merge_prefix(output[:, :, rows], value, log_z_patches, log_z, prefix_logits)
         return RowSummary(log_z, log_z_patches, self_logits, prefix_logits, entropy, distance)
+
+
+def patch_rows(layout: TokenLayout) -> slice:
+    """Positions of the patches in canonical order."""
+    return slice(layout.num_prefix_tokens, layout.num_tokens)
 
 
 def join_heads(summaries: Sequence[RowSummary]) -> RowSummary:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vitprobe.attention.logits import GivenLogits, Logits, ProductLogits
 from vitprobe.attention.precision import exact_float32
-from vitprobe.attention.rows import RowSummary, summarize_rows
+from vitprobe.attention.rows import RowSummary, patch_rows, summarize_rows
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.models.tokens import TokenLayout, reordered, reordered_pairs, restored
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class AttentionView:
         key: keys, the same.
         scale: what the product of query and key is multiplied by.
         bias: what is added to the scaled product before the softmax, broadcastable to `(B, H, N, N)`, or None.
-        layout: which of the N tokens is what.
+        layout: which of the N tokens is what; queries, keys, biases, logits and norms are in this, the model's, order.
         residual_norms: Euclidean norm of each token entering the block, `(B, N)`.
         update_norms: norm of what attention adds to each token, `(B, N)`; None where a block adds attention and MLP
             in one sum.
@@ -84,19 +84,21 @@ class AttentionView:
 
     @cached_property
     def source(self) -> Logits:
-        """The logits, a part at a time."""
-        prefix = self.layout.num_prefix_tokens
+        """The logits, a part at a time, of the tokens in canonical order: prefix tokens first."""
+        prefix, layout = self.layout.num_prefix_tokens, self.layout
         if self.logits is not None:
-            return GivenLogits(self.logits, prefix)
+            return GivenLogits(reordered_pairs(self.logits, layout), prefix)
         assert self.query is not None and self.key is not None
-        return ProductLogits(self.query, self.key, self.scale, self.bias, prefix)
+        query, key = reordered(self.query, layout, -2), reordered(self.key, layout, -2)
+        bias = None if self.bias is None else reordered_pairs(self.bias, layout)
+        return ProductLogits(query, key, self.scale, bias, prefix)
 
     @cached_property
     def cls_row(self) -> RowSummary:
-        """Of the first row alone, [cls] where there is one: what its weights were divided by, and its entropy."""
+        """Of the canonical order's first row alone, [cls] where there is one: what its weights were divided by, …"""
         if self.measured is not None and self.measured.first is not None:
             return self.measured.first
-        return summarize_rows(self.source, self.layout, slice(0, 1))
+        return summarize_rows(self.source, self.layout.canonical, slice(0, 1))
 
     @property
     def patch_sums(self) -> RowSummary:
@@ -105,14 +107,18 @@ class AttentionView:
 
     @cached_property
     def _sums(self) -> RowSummary:
-        return self.measured or summarize_rows(self.source, self.layout, self.layout.patches, entropies=False)
+        return self.measured or self._summarize_patches(entropies=False)
 
     @cached_property
     def patch_rows(self) -> RowSummary:
         """The same with entropies and distances, from one pass over the whole rows."""
         if self.measured is not None and self.measured.entropy is not None:
             return self.measured
-        return summarize_rows(self.source, self.layout, self.layout.patches)
+        return self._summarize_patches()
+
+    def _summarize_patches(self, *, entropies: bool = True) -> RowSummary:
+        layout = self.layout.canonical
+        return summarize_rows(self.source, layout, patch_rows(layout), entropies=entropies)
 
     def probabilities(self, head: int | None = None) -> Tensor:
         """The attention weights themselves, in float32 or wider.
@@ -138,6 +144,7 @@ class AttentionView:
             )
         with exact_float32(view.source.device):
             weights = view.source.whole().softmax(dim=-1)
+        weights = restored(restored(weights, self.layout, -1), self.layout, -2)
         if view.subtracted is not None and view.subtracted_weight is not None:
             weights = weights - view.subtracted_weight * view.subtracted.probabilities()
         return weights if head is None else weights[:, 0]

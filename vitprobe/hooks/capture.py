@@ -6,6 +6,7 @@ import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,6 +21,7 @@ from vitprobe.hooks.single_pass import measure
 from vitprobe.hooks.transformers_kernels import watch_kernels
 from vitprobe.hooks.views import views_of
 from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.anatomy.order import measure_order
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor, use_fused_attention
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import compute_statistics, select
@@ -140,6 +142,8 @@ class Capture:
         self._kept: list[list[list[Any]]] = [[] for _ in self._blocks]
         self._running: BlockRecord | None = None  # the block that attention calls belong to now
         self._in_forward = False  # inside a call of the model itself; forward_features alone is no such call
+        self._called: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # how the model was called
+        self._measuring = False  # the model runs on noise, to see the order of its tokens
         self._seen: set[int] | None = None  # blocks that ran since the images came; None: no images, no pass
         self._cleanup: ExitStack | None = None
         self._watcher = AttentionWatcher(_untraced(self._attention_called))
@@ -153,7 +157,7 @@ class Capture:
             )
         with ExitStack() as stack:
             handles = [
-                self.module.register_forward_pre_hook(self._forward_began),
+                self.module.register_forward_pre_hook(self._forward_began, with_kwargs=True),
                 self.module.register_forward_hook(self._forward_ended, always_call=True),
                 self.anatomy.images_enter.register_forward_pre_hook(self._images_came, with_kwargs=True),
             ]
@@ -184,11 +188,16 @@ class Capture:
 
     # What the hooks report --------------------------------------------------------------------------------------------
 
-    def _forward_began(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._in_forward, self._seen = True, None
+    def _forward_began(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._measuring:
+            return
+        self._in_forward, self._seen, self._called = True, None, (args, kwargs)
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._measuring:
+            return
         seen, self._in_forward, self._seen, self._running = self._seen, False, None, None
+        self._called = None
         if output is None:  # the forward pass raised
             return
         unseen = sorted(set(range(len(self))) - (seen or set()))
@@ -200,10 +209,12 @@ class Capture:
             )
 
     def _images_came(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _in_backward():
+        if _in_backward() or self._measuring:
             return
-        self.layouts = self.anatomy.read_input(args, kwargs)
         images = first_tensor((*args, *kwargs.values()))
+        if not self.anatomy.measured and images is not None and images.ndim == 4 and images.is_floating_point():
+            _untraced(self._measure_order)(images)
+        self.layouts = self.anatomy.read_input(args, kwargs)
         self._batch = 0 if images is None else len(images)
         self._seen, self._running = set(), None
         if not self._accumulate:
@@ -213,9 +224,26 @@ class Capture:
         for kept in self._kept:
             del kept[keep:]
 
+    def _measure_order(self, images: Tensor) -> None:
+        """See which token is what, once, by running the model on noise as far as its first block."""
+        args, kwargs = self._called or ((images,), {})
+
+        def call(noise: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            def swapped(value: Any) -> Any:
+                return noise if isinstance(value, Tensor) and value.shape == images.shape else value
+
+            return tuple(map(swapped, args)), {name: swapped(value) for name, value in kwargs.items()}
+
+        self._measuring = True
+        try:
+            # Where it cannot be measured, names are what there is: it is not tried again.
+            self.anatomy = replace(measure_order(self.anatomy, images, call), measured=True)
+        finally:
+            self._measuring = False
+
     def _in_pass(self) -> bool:
         """Whether a block that runs now belongs to a forward pass: images came, and no checkpoint is recomputed."""
-        return self._seen is not None and not _in_backward()
+        return self._seen is not None and not _in_backward() and not self._measuring
 
     def _block_started(self, record: BlockRecord) -> None:
         self._running = record

@@ -12,9 +12,9 @@ from vitprobe.attention.fused import attend_with_rows
 from vitprobe.attention.kernels import attend_with_normaliser
 from vitprobe.attention.logits import ProductLogits
 from vitprobe.attention.precision import exact_float32
-from vitprobe.attention.rows import RowSummary, merge_prefix, summarize_rows
+from vitprobe.attention.rows import RowSummary, merge_prefix, patch_rows, summarize_rows
 from vitprobe.hooks.calls import AttentionCall
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.models.tokens import TokenLayout, reordered, reordered_pairs, restored
 from vitprobe.statistics.table import Asks
 
 
@@ -35,6 +35,8 @@ def measure(call: AttentionCall, layout: TokenLayout, asks: Asks, kernel: str = 
     query, key, value = call.query, call.key, call.value
     if query is None or key is None or value is None or not _eligible(call, query, value, layout):
         return "model"
+    if layout.order is not None:
+        return _measure_reordered(call, query, key, value, layout, asks, kernel)
     if kernel == "auto" and asks in ("sums", "rows"):
         found = attend_with_rows(query, key, value, call.scale, call.bias, layout, distances=asks == "rows")
         if found is not None:
@@ -46,6 +48,23 @@ def measure(call: AttentionCall, layout: TokenLayout, asks: Asks, kernel: str = 
     if asks == "sums" and call.bias is None and _measure_sums(call, query, key, value, layout):
         return "sums"
     return "model"
+
+
+def _measure_reordered(
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout, asks: Asks, kernel: str
+) -> str:
+    """The same of a call whose prefix tokens stand elsewhere: on its tokens in canonical order."""
+    inner = replace(
+        call,
+        query=reordered(query, layout, -2),
+        key=reordered(key, layout, -2),
+        value=reordered(value, layout, -2),
+        bias=None if call.bias is None else reordered_pairs(call.bias, layout),
+    )
+    ran = measure(inner, layout.canonical, asks, kernel)
+    call.measured = inner.measured
+    call.output = None if inner.output is None else restored(inner.output, layout, -2)
+    return ran
 
 
 def _eligible(call: AttentionCall, query: Tensor, value: Tensor, layout: TokenLayout) -> bool:
@@ -70,13 +89,13 @@ def _measure_rows(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor
     output = query.new_empty(batch, tokens, heads, value.shape[-1]).transpose(1, 2)
     value = value.contiguous()  # once for both passes; products of strided values are slow
     first = summarize_rows(logits, layout, slice(0, prefix), value=value, output=output) if prefix else None
-    patches = summarize_rows(logits, layout, layout.patches, value=value, output=output)
+    patches = summarize_rows(logits, layout, patch_rows(layout), value=value, output=output)
     call.measured, call.output = replace(patches, first=first), output
 
 
 def _measure_sums(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, layout: TokenLayout) -> bool:
     """Whether torch has a kernel that gives the sums along with the output."""
-    prefix, patches = layout.num_prefix_tokens, layout.patches
+    prefix, patches = layout.num_prefix_tokens, patch_rows(layout)
     found = attend_with_normaliser(query, key[:, :, prefix:], value[:, :, prefix:], call.scale)
     if found is None:
         return False

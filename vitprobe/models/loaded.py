@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.anatomy.order import measure_order
 from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.building import ImageSize
 from vitprobe.models.entries import ModelSpec
@@ -62,7 +64,20 @@ def finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Ana
     _require_finite(module, spec.name)
     anatomy = anatomy or find_anatomy(module)
     transform = model_transform(module, img_size=img_size or anatomy.image_size)
+    anatomy = _measured(anatomy, transform.size)
     return LoadedModel(module, anatomy.layout(transform.size), transform, spec, anatomy)
+
+
+def _measured(anatomy: Anatomy, size: tuple[int, int]) -> Anatomy:
+    """The anatomy with the order of tokens that the model is seen to have on images of `size`."""
+    if anatomy.measured:
+        return anatomy
+    weights = [part for part in anatomy.module.parameters() if part.is_floating_point()]
+    like = torch.empty(1, anatomy.in_channels, *size)
+    like = like.to(weights[0].device, weights[0].dtype) if weights else like
+    with ExitStack() as stack:
+        anatomy.prepare(stack)
+        return measure_order(anatomy, like)
 
 
 def _require_finite(module: nn.Module, name: str) -> None:

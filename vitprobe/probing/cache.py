@@ -62,7 +62,7 @@ class TokenCache:
                 of something else.
         """
         self.folder, self._frozen, self._split = Path(folder), frozen, split
-        self.layout = frozen.model.layout
+        self.layout = frozen.model.layout.canonical
         self._shape = len(split), self.layout.num_tokens, frozen.dim
         # through JSON, so that it equals what is read back
         self._made_of = json.loads(

@@ -25,7 +25,7 @@ from vitprobe.models.anatomy.final_norm import find_final_norm
 from vitprobe.models.anatomy.parts import use_fused_attention
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.models.tokens import TokenLayout, reordered
 from vitprobe.probing.tap import Tap
 from vitprobe.profile.dtype import DTYPE_BOUND, choose_dtype, weights_dtype
 from vitprobe.profile.state import choose_device, prepared
@@ -144,7 +144,7 @@ class FrozenModel:
         oracles = {name: self._asked(name, images) for name in self._oracles}
         with torch.no_grad():
             batches = {
-                tap: TokenBatch(self._read(tap, names), layout, self._attention_of(tap.block), oracles)
+                tap: TokenBatch(self._read(tap, names), layout.canonical, self._attention_of(tap.block), oracles)
                 for tap in self.taps
             }
         self._tokens.clear()
@@ -183,7 +183,7 @@ class FrozenModel:
                 )
             # A copy, as later blocks may add to it in place; and not one of inference mode, on which nothing trains.
             with torch.inference_mode(False), torch.no_grad():
-                self._tokens[block] = tokens.to(torch.float32, copy=True)
+                self._tokens[block] = reordered(tokens, self._batch[1], 1).to(torch.float32, copy=True)
             if block == self._blocks[-1]:
                 raise _LastBlockRan
 

@@ -15,7 +15,7 @@ from jaxtyping import Float64
 
 from vitprobe.errors import UserError
 from vitprobe.files import write_atomically
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.models.tokens import TokenLayout, layout_from
 from vitprobe.profile.diagnosis import Diagnosis, diagnose
 from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
 from vitprobe.profile.intervals import Estimate, Running, group_sizes, statistic_bounds
@@ -64,8 +64,7 @@ class Profile:
     @property
     def layout(self) -> TokenLayout:
         """Which token is what."""
-        layout = self.manifest["layout"]
-        return TokenLayout(**{**layout, "grid": tuple(layout["grid"]), "patch_size": tuple(layout["patch_size"])})
+        return layout_from(self.manifest["layout"])
 
     @property
     def num_blocks(self) -> int:

@@ -93,7 +93,7 @@ def cls_to_patches(view: AttentionView) -> PerHead:
 def cls_to_registers(view: AttentionView) -> PerHead:
     """Σ over registers of A_0j: what [cls] gives all registers together, 0 to 1."""
     rows = view.cls_row
-    logits = rows.prefix_logits[:, :, 0, view.layout.registers]
+    logits = rows.prefix_logits[:, :, 0, view.layout.canonical.registers]
     return torch.exp(logits.logsumexp(dim=-1) - rows.log_z[..., 0])
 
 
@@ -164,7 +164,7 @@ def patches_to_cls(view: AttentionView) -> PerHead:
 def patches_to_registers(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P Σ over registers of A_tj: what a patch gives to all registers together, 0 to 1."""
     rows = view.patch_sums
-    logits = rows.prefix_logits[..., view.layout.registers]
+    logits = rows.prefix_logits[..., view.layout.canonical.registers]
     return torch.exp(logits.logsumexp(dim=-1) - rows.log_z).mean(dim=-1)
 
 

@@ -32,7 +32,7 @@ def _ratio(update: Tensor | None, residual: Tensor | None) -> Float[Tensor, "bat
 )
 def cls_update_ratio(view: AttentionView) -> PerBlock:
     """‖attention update‖ / ‖residual‖ of [cls], after LayerScale, 0 to ∞."""
-    return _ratio(view.update_norms, view.residual_norms)[:, :1]
+    return _ratio(view.update_norms, view.residual_norms)[:, view.layout.cls, None]
 
 
 @declare(
@@ -46,7 +46,7 @@ def cls_update_ratio(view: AttentionView) -> PerBlock:
 )
 def cls_update_ratio_unscaled(view: AttentionView) -> PerBlock:
     """`cls_update_ratio` before LayerScale, as the paper's released script has it."""
-    return _ratio(view.unscaled_update_norms, view.residual_norms)[:, :1]
+    return _ratio(view.unscaled_update_norms, view.residual_norms)[:, view.layout.cls, None]
 
 
 @declare(

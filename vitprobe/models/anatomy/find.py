@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vitprobe.errors import AttentionNotSeenError, UserError
+from vitprobe.errors import AttentionNotSeenError
 from vitprobe.models.anatomy import huggingface_vit, own_vit, timm_vit
 from vitprobe.models.anatomy.parts import Anatomy, read_images
 from vitprobe.models.anatomy.unsupported import why_unsupported
@@ -31,7 +31,6 @@ def find_anatomy(
     Raises:
         AttentionNotSeenError: for a model whose blocks or patch grid are not found, or whose kind of attention is not
             supported; says why and what to do.
-        UserError: for a layout that contradicts what the model is known to have.
     """
     # Of a compiled model what it was compiled from, whose forward pass the wrapper calls.
     module = image_tower(getattr(module, "_orig_mod", module))
@@ -60,19 +59,19 @@ def image_tower(module: nn.Module) -> nn.Module:
 
 
 def _with_layout(anatomy: Anatomy, layout: TokenLayout) -> Anatomy:
-    """An anatomy with the user's word on which token is what."""
-    size = layout.image_size
-    found = anatomy.layout(size)
-    if found.num_tokens != layout.num_tokens:
-        raise UserError(
-            f"the layout given has {layout.num_tokens} tokens ({layout}), but {type(anatomy.module).__name__} "
-            f"makes {found.num_tokens} ({found}) of images of {size[0]}×{size[1]} pixels: mend the layout, or "
-            f"leave it out"
-        )
+    """An anatomy with the user's word on which token is what, for images of the size that its grid is of."""
+    found, size = anatomy.layout(anatomy.image_size), anatomy.image_size
+    if found.grid != layout.grid:
+        convolution = own_vit.patch_convolution(anatomy.images_enter)
+        _, size = own_vit.of_given(layout, convolution, None)
 
-    def of_size(size: tuple[int, int]) -> TokenLayout:
-        return replace(layout, grid=anatomy.layout(size).grid)
+    def of_size(asked: tuple[int, int]) -> TokenLayout:
+        return layout if asked == size else layout.of_grid(anatomy.layout(asked).grid)
 
     return replace(
-        anatomy, layout=of_size, image_size=size, read_input=read_images(of_size, type(anatomy.module).__name__)
+        anatomy,
+        layout=of_size,
+        image_size=size,
+        read_input=read_images(of_size, type(anatomy.module).__name__),
+        given=True,
     )

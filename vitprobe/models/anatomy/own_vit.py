@@ -8,20 +8,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError
-from vitprobe.models.anatomy.parts import Anatomy, Size, pair, read_images
+from vitprobe.models.anatomy.parts import Anatomy, Size, grid_of, pair, read_images, size_of
 from vitprobe.models.tokens import TokenLayout
 
 _BLOCKS = ("blocks", "layers", "layer", "resblocks", "encoder_layers", "transformer_blocks")
-_CLS = ("cls_token", "class_token", "class_embedding", "cls_embedding", "cls")
-_DISTILLATION = ("dist_token", "distillation_token")
-_REGISTERS = ("reg_token", "reg_tokens", "register_token", "register_tokens", "registers", "storage_tokens")
+CLS = ("cls_token", "class_token", "class_embedding", "cls_embedding", "cls")
+DISTILLATION = ("dist_token", "distillation_token")
+REGISTERS = (
+    *("reg_token", "reg_tokens", "register_token", "register_tokens", "registers", "storage_tokens"),
+    *("detection_tokens", "det_token", "det_tokens", "prompt_tokens"),
+)
 _POSITIONS = ("pos_embed", "pos_embedding", "positional_embedding", "position_embedding", "position_embeddings")
 _SIZES = ("img_size", "image_size", "input_resolution")
 HELP = (
@@ -50,15 +52,17 @@ def recognise(
             f"no list of alike transformer blocks was found in {name}, so there is no attention to capture; if it has "
             f"some, {HELP}"
         )
-    convolution = _patch_convolution(module)
+    convolution = patch_convolution(module)
     of_size: Callable[[Size], TokenLayout]
     if layout is not None:
-        of_size, size = _scaled(layout), layout.image_size
+        of_size, size = of_given(layout, convolution, None if convolution is None else _said_size(module, convolution))
     elif convolution is not None:
-        cls, distillation, registers = (_count(module, names) for names in (_CLS, _DISTILLATION, _REGISTERS))
+        cls, distillation, registers = (_count(module, names) for names in (CLS, DISTILLATION, REGISTERS))
         own: Any = getattr(module, "patch_size", None)
-        patch = pair(own) if isinstance(own, int | tuple | list) else pair(convolution.stride)
-        of_size = _scaled(TokenLayout((1, 1), cls > 0, distillation, registers, patch))
+        tiles = convolution.stride == convolution.kernel_size
+        patch = pair(own) if tiles and isinstance(own, int | tuple | list) else pair(convolution.stride)
+        guess = TokenLayout((1, 1), cls > 0, distillation, registers, patch)
+        of_size = _scaled(guess) if patch != pair(convolution.stride) else _cut(guess, convolution)
         size = _image_size(module, convolution, patch, cls + distillation + registers)
     else:
         raise AttentionNotSeenError(
@@ -73,6 +77,7 @@ def recognise(
         any_size=True,  # it says so itself where it does not
         read_input=read_images(of_size, name),
         prepare=_all_patches(module),
+        given=layout is not None,
     )
 
 
@@ -92,13 +97,35 @@ def _all_patches(module: nn.Module) -> Callable[[ExitStack], None]:
     return prepare
 
 
+def of_given(
+    layout: TokenLayout, convolution: nn.Conv2d | None, said: Size | None
+) -> tuple[Callable[[Size], TokenLayout], Size]:
+    """What the user's layout means for images of each size, and the size that it is of.
+
+    Args:
+        layout: the user's word.
+        convolution: what cuts images into patches, which may overlap, where that is known.
+        said: height and width that the model says it takes, or None.
+    """
+    if convolution is None or pair(convolution.stride) != layout.patch_size:
+        return _scaled(layout), layout.image_size
+    if said is None or grid_of(convolution, said) != layout.grid:
+        said = size_of(convolution, layout.grid)
+    return _cut(layout, convolution), said
+
+
 def _scaled(layout: TokenLayout) -> Callable[[Size], TokenLayout]:
     """Image size → `layout` with as many whole patches as fit."""
 
     def of_size(size: Size) -> TokenLayout:
-        return replace(layout, grid=(size[0] // layout.patch_size[0], size[1] // layout.patch_size[1]))
+        return layout.of_grid((size[0] // layout.patch_size[0], size[1] // layout.patch_size[1]))
 
     return of_size
+
+
+def _cut(layout: TokenLayout, convolution: nn.Conv2d) -> Callable[[Size], TokenLayout]:
+    """Image size → `layout` with the patches that the convolution cuts."""
+    return lambda size: layout.of_grid(grid_of(convolution, size))
 
 
 def _find_blocks(module: nn.Module) -> list[nn.Module]:
@@ -142,11 +169,17 @@ def _alike(parts: list[nn.Module]) -> bool:
     )
 
 
-def _patch_convolution(module: nn.Module) -> nn.Conv2d | None:
-    """The first convolution, if its windows tile the image."""
+def patch_convolution(module: nn.Module) -> nn.Conv2d | None:
+    """The first convolution, if its windows tile the image, or overlap and are the only ones that cut it."""
     first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
-    tiles = first is not None and tuple(first.stride) == tuple(first.kernel_size) and max(first.stride) > 1
-    return first if tiles else None
+    if first is None or max(first.stride) <= 1:
+        return None
+    if tuple(first.stride) == tuple(first.kernel_size):
+        return first
+    holder = next(part for part in module.modules() if first in part.children())
+    alone = sum(isinstance(part, nn.Conv2d) for part in holder.modules()) == 1  # of a stem there are several
+    overlaps = all(step <= edge for step, edge in zip(first.stride, first.kernel_size, strict=True))
+    return first if alone and overlaps and isinstance(first.padding, tuple) else None
 
 
 def _parameters(module: nn.Module, names: Sequence[str]) -> Iterator[Any]:
@@ -164,13 +197,22 @@ def _count(module: nn.Module, names: Sequence[str]) -> int:
 
 def _image_size(module: nn.Module, convolution: nn.Conv2d, patch: Size, num_prefix: int) -> Size:
     """What the model says, else what its position embeddings are for, else 224 pixels."""
-    holders = [part for part in module.modules() if part is module or convolution in part.children()]
-    for value in (getattr(holder, name, None) for holder in holders for name in _SIZES):
-        if isinstance(value, int | tuple | list):
-            return pair(value)
+    said = _said_size(module, convolution)
+    if said is not None:
+        return said
     for value in _parameters(module, _POSITIONS):
         for count in (value.shape[-2] - num_prefix, value.shape[-2]):
             side = math.isqrt(max(count, 0))
             if side and side * side == count:
-                return side * patch[0], side * patch[1]
+                overlaps = patch == pair(convolution.stride) != pair(convolution.kernel_size)
+                return size_of(convolution, (side, side)) if overlaps else (side * patch[0], side * patch[1])
     return 224, 224
+
+
+def _said_size(module: nn.Module, convolution: nn.Conv2d) -> Size | None:
+    """What the model, or what holds the convolution, says of the size of its images."""
+    holders = [part for part in module.modules() if part is module or convolution in part.children()]
+    for value in (getattr(holder, name, None) for holder in holders for name in _SIZES):
+        if isinstance(value, int | tuple | list):
+            return pair(value)
+    return None

@@ -35,6 +35,8 @@ class Anatomy:
         read_input: arguments of `images_enter` (positional, by keyword) → the layouts of that batch; raises
             AttentionNotSeenError for an input whose patch grid cannot be known.
         prepare: what a capture changes for its time, such as masking switched off; the stack undoes it.
+        given: whether the user said which token is what; else that is a guess from names.
+        measured: whether the model has been run to see which token is what (see `order.measure_order`).
     """
 
     module: nn.Module
@@ -45,6 +47,14 @@ class Anatomy:
     any_size: bool
     read_input: Callable[[tuple[Any, ...], dict[str, Any]], Layouts]
     prepare: Callable[[ExitStack], None] = _nothing
+    given: bool = False
+    measured: bool = False
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images: those of the first convolution that they enter, 3 without one."""
+        parts = (*self.images_enter.modules(), *self.module.modules())
+        return next((part.in_channels for part in parts if isinstance(part, nn.Conv2d)), 3)
 
     @property
     def width(self) -> int | None:
@@ -79,6 +89,22 @@ def read_images(
         return layout((int(images.shape[-2]), int(images.shape[-1])))
 
     return read
+
+
+def grid_of(convolution: nn.Conv2d, size: Size) -> Size:
+    """Rows and columns of what a convolution makes of an image of `size`: of patches that tile it, or overlap."""
+    padding = convolution.padding if isinstance(convolution.padding, tuple) else (0, 0)
+    places = zip(size, padding, convolution.kernel_size, convolution.stride, strict=True)
+    rows, columns = ((side + 2 * pad - edge) // step + 1 for side, pad, edge, step in places)
+    return rows, columns
+
+
+def size_of(convolution: nn.Conv2d, grid: Size) -> Size:
+    """The smallest image of which a convolution makes `grid` (rows, columns) of patches."""
+    padding = convolution.padding if isinstance(convolution.padding, tuple) else (0, 0)
+    places = zip(grid, padding, convolution.kernel_size, convolution.stride, strict=True)
+    height, width = ((count - 1) * step + edge - 2 * pad for count, pad, edge, step in places)
+    return height, width
 
 
 def use_fused_attention(blocks: Iterable[nn.Module], stack: ExitStack) -> None:

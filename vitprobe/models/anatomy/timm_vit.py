@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError
-from vitprobe.models.anatomy.parts import Anatomy, Layouts, Size, first_tensor, pair, read_images
+from vitprobe.models.anatomy.own_vit import patch_convolution
+from vitprobe.models.anatomy.parts import Anatomy, Layouts, Size, first_tensor, grid_of, pair, read_images
 from vitprobe.models.tokens import TokenLayout
 
 
@@ -28,6 +29,8 @@ def recognise(module: nn.Module) -> Anatomy | None:
     if num_registers < 0:
         return None
 
+    overlapping = _overlapping(embedding)
+
     def layout(size: Size) -> TokenLayout:
         # The rule held for all 322 isotropic models of timm 1.0.31; `grid_size` is not asked, it may be out of date.
         if hasattr(embedding, "dynamic_feat_size"):
@@ -35,6 +38,8 @@ def recognise(module: nn.Module) -> Anatomy | None:
         else:
             patch = pair(embedding.patch_size)
             grid = (size[0] // patch[0], size[1] // patch[1])
+            if overlapping is not None:
+                patch, grid = pair(overlapping.stride), grid_of(overlapping, size)
         return TokenLayout(pair(grid), has_cls, num_distillation, num_registers, patch)
 
     read = read_images(layout, type(module).__name__)
@@ -67,6 +72,13 @@ def _trunk(module: nn.Module) -> nn.Module | None:
         if isinstance(trunk, nn.Module) and isinstance(blocks, nn.Sequential | nn.ModuleList) and len(blocks):
             return trunk
     return None
+
+
+def _overlapping(embedding: nn.Module) -> nn.Conv2d | None:
+    """The convolution of an embedding like timm's that cuts patches which overlap; None where patches tile."""
+    convolution = patch_convolution(embedding)
+    tiles = convolution is None or convolution.stride == convolution.kernel_size
+    return None if tiles or convolution.kernel_size != pair(getattr(embedding, "patch_size", 0)) else convolution
 
 
 def _padded_grids(given: dict[str, Any], name: str, prefix: TokenLayout) -> list[TokenLayout]:
