@@ -296,11 +296,11 @@ def test_a_layout_that_cannot_be_found_is_given() -> None:
 def test_a_layout_that_contradicts_the_tokens() -> None:
     model = hand_made()
     wrong = TokenLayout((4, 4), has_cls=False, patch_size=(8, 8))
-    with pytest.raises(AttentionNotSeenError) as error, torch.no_grad(), capture(model, layout=wrong):
+    with pytest.raises(UserError) as error, torch.no_grad(), capture(model, layout=wrong):
         model(images())
-    assert message(error).startswith(
-        "block 0 (Block) of HandMadeViT attends from 17 queries to 17 keys, but the layout has 16 tokens (0 prefix + "
-        "4x4 patches): a wrong layout is mended with load_model(model, layout=vitprobe.TokenLayout(…))"
+    assert str(error.value) == (
+        "the layout given has 16 tokens (0 prefix + 4x4 patches), but HandMadeViT makes 17 of images of 32×32 pixels, "
+        "1 of them the same for every image: correct the layout, or leave it out"
     )
 
 

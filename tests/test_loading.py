@@ -319,8 +319,8 @@ def test_layout_and_blocks_are_for_modules():
     loaded = load_model(module, layout=replace(layout, num_registers=0))
     assert loaded.layout == layout and load_model(loaded, layout=layout).layout == layout
     assert refusal(module, layout=replace(layout, num_registers=4)) == (
-        "the layout given has 69 tokens (5 prefix + 8x8 patches), but VisionTransformer makes 65 (1 prefix + 8x8 "
-        "patches) of images of 32×32 pixels: mend the layout, or leave it out"
+        "the layout given has 69 tokens (5 prefix + 8x8 patches), but VisionTransformer makes 65 of images of 32×32 "
+        "pixels, 1 of them the same for every image: correct the layout, or leave it out"
     )
 
 

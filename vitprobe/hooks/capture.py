@@ -21,7 +21,7 @@ from vitprobe.hooks.single_pass import measure
 from vitprobe.hooks.transformers_kernels import watch_kernels
 from vitprobe.hooks.views import views_of
 from vitprobe.models.anatomy.find import find_anatomy
-from vitprobe.models.anatomy.order import measure_order
+from vitprobe.models.anatomy.order import being_measured, measure_order
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor, use_fused_attention
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import compute_statistics, select
@@ -143,7 +143,6 @@ class Capture:
         self._running: BlockRecord | None = None  # the block that attention calls belong to now
         self._in_forward = False  # inside a call of the model itself; forward_features alone is no such call
         self._called: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # how the model was called
-        self._measuring = False  # the model runs on noise, to see the order of its tokens
         self._seen: set[int] | None = None  # blocks that ran since the images came; None: no images, no pass
         self._cleanup: ExitStack | None = None
         self._watcher = AttentionWatcher(_untraced(self._attention_called))
@@ -189,12 +188,12 @@ class Capture:
     # What the hooks report --------------------------------------------------------------------------------------------
 
     def _forward_began(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._measuring:
+        if being_measured():
             return
         self._in_forward, self._seen, self._called = True, None, (args, kwargs)
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._measuring:
+        if being_measured():
             return
         seen, self._in_forward, self._seen, self._running = self._seen, False, None, None
         self._called = None
@@ -209,7 +208,7 @@ class Capture:
             )
 
     def _images_came(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _in_backward() or self._measuring:
+        if _in_backward() or being_measured():
             return
         images = first_tensor((*args, *kwargs.values()))
         if not self.anatomy.measured and images is not None and images.ndim == 4 and images.is_floating_point():
@@ -234,16 +233,12 @@ class Capture:
 
             return tuple(map(swapped, args)), {name: swapped(value) for name, value in kwargs.items()}
 
-        self._measuring = True
-        try:
-            # Where it cannot be measured, names are what there is: it is not tried again.
-            self.anatomy = replace(measure_order(self.anatomy, images, call), measured=True)
-        finally:
-            self._measuring = False
+        # Where it cannot be measured, names are what there is: it is not tried again.
+        self.anatomy = replace(measure_order(self.anatomy, images, call), measured=True)
 
     def _in_pass(self) -> bool:
         """Whether a block that runs now belongs to a forward pass: images came, and no checkpoint is recomputed."""
-        return self._seen is not None and not _in_backward() and not self._measuring
+        return self._seen is not None and not _in_backward() and not being_measured()
 
     def _block_started(self, record: BlockRecord) -> None:
         self._running = record

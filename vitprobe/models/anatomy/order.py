@@ -7,8 +7,10 @@ of the image's right half changes the patches of the right half of the grid, and
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -21,74 +23,85 @@ from vitprobe.models.anatomy.own_vit import CLS, DISTILLATION, REGISTERS
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, Size, first_tensor
 from vitprobe.models.tokens import TokenLayout
 
-# Images → the arguments, positional and by keyword, with which the model is called on them.
+# An image → the arguments, positional and by keyword, with which the model is called on it.
 Call = Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
 _KINDS = {"[cls]": CLS, "distillation": DISTILLATION, "registers": REGISTERS}
 _SAME = 1e-3  # a token is the same for two images if it differs by less than this share of what a patch differs by
+_LOCAL = 0.75  # a change of half an image changes at most this share of the patches, or says nothing of their places
+
+_measuring: ContextVar[bool] = ContextVar("measuring", default=False)
+
+
+def being_measured() -> bool:
+    """Whether the forward pass under way is one on noise, of which captures take no notice."""
+    return _measuring.get()
 
 
 class _FirstBlockReached(Exception):
     """Ends a forward pass of which nothing more is wanted."""
 
 
-def measure_order(anatomy: Anatomy, like: Tensor, call: Call = lambda images: ((images,), {})) -> Anatomy:
+def measure_order(anatomy: Anatomy, like: Tensor, call: Call = lambda image: ((image,), {})) -> Anatomy:
     """The anatomy with the token layout that the model is seen to have; unchanged where it cannot be run on noise.
 
     Args:
         anatomy: where the model keeps its parts; what it changes for a capture must have been prepared.
         like: images `(B, C, H, W)` of which shape, kind of number and device are taken.
-        call: how the model is called on images.
+        call: how the model is called on an image `(1, C, H, W)`.
 
     Raises:
-        AttentionNotSeenError: where tokens are the same for every image that nothing explains.
+        AttentionNotSeenError: where several tokens are the same for every image and nothing tells which is [cls].
         UserError: for a layout given by the user that contradicts what is seen.
     """
     size = (int(like.shape[-2]), int(like.shape[-1]))
     expected = anatomy.layout(size)
-    images = _noise(like)
-    seen = _first_tokens(anatomy, call, images)
-    if seen is None:
+    images = list(_noise(like))
+    passes = [tokens for image in images if (tokens := _first_tokens(anatomy, call, image)) is not None]
+    if len(passes) < len(images) or len({tokens.shape for tokens in passes}) > 1:
         return anatomy
+    seen = torch.cat(passes)
     change = _difference(seen[0], seen[1])
     fixed = [place for place, by in enumerate(change.tolist()) if by <= _SAME * float(change.max())]
     if len(fixed) == len(change):  # what enters the first block depends on no image
         return anatomy
-    moved = _moved_by_parameters(anatomy, call, images[:1], seen[:1], fixed) if len(fixed) > 1 else {}
+    moved = _moved_by_parameters(anatomy, call, images[0], seen[0], fixed) if len(fixed) > 1 else {}
     if anatomy.given:
-        if len(change) != expected.num_tokens:  # the capture will say so
-            return anatomy
-        _require_agreement(anatomy, expected, fixed, moved)
+        _require_agreement(type(anatomy.module).__name__, expected, size, len(change), fixed, moved)
         found = expected
     elif len(change) - len(fixed) != expected.num_patches:
         return anatomy  # another grid, or a prefix that depends on the image: nothing is known better than by name
     else:
-        found = _arranged(anatomy, expected, fixed, moved)
-    _require_rows(anatomy, found, seen)
+        found = _arranged(type(anatomy.module).__name__, expected, fixed, moved)
+    _require_rows(type(anatomy.module).__name__, found, seen)
     return _with(anatomy, expected, found)
 
 
-def _noise(like: Tensor) -> Tensor:
-    """Two images of noise; the first again with the second's right half; and with its lower half."""
+def _noise(like: Tensor) -> Iterator[Tensor]:
+    """Two images of noise; the first again with the second's right half; and with its lower half; `(1, C, H, W)`."""
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(2, *like.shape[1:], generator=generator)
-    right, below = first.clone(), first.clone()
-    right[..., like.shape[-1] // 2 :] = second[..., like.shape[-1] // 2 :]
-    below[..., like.shape[-2] // 2 :, :] = second[..., like.shape[-2] // 2 :, :]
-    return torch.stack([first, second, right, below]).to(like.device, like.dtype)
+    height, width = like.shape[-2:]
+    first, second = (torch.randn(1, *like.shape[1:], generator=generator).to(like) for _ in range(2))
+    yield from (first, second)
+    for half in ((..., slice(width // 2, None)), (..., slice(height // 2, None), slice(None))):
+        mixed = first.clone()
+        mixed[half] = second[half]
+        yield mixed
 
 
-def _first_tokens(anatomy: Anatomy, call: Call, images: Tensor, changed: dict[str, Tensor] | None = None) -> Any:
-    """`(B, T, D)` tokens that enter the first block, with some parameters changed; None where that cannot be seen."""
+def _first_tokens(
+    anatomy: Anatomy, call: Call, image: Tensor, changed: dict[str, Tensor] | None = None
+) -> Tensor | None:
+    """`(1, T, D)` tokens that enter the first block, with some parameters changed; None where that cannot be seen."""
     came: list[Tensor | None] = []
 
     def take(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         came.append(first_tensor((*args, *kwargs.values())))
         raise _FirstBlockReached
 
+    args, kwargs = call(image)
     handle = anatomy.blocks[0].register_forward_pre_hook(take, with_kwargs=True, prepend=True)
-    args, kwargs = call(images)
     try:
-        with _undisturbed(anatomy.module, images.device):
+        with _undisturbed(anatomy.module, image.device):
             functional_call(anatomy.module, changed or {}, args, kwargs)
     except _FirstBlockReached:
         pass
@@ -99,23 +112,26 @@ def _first_tokens(anatomy: Anatomy, call: Call, images: Tensor, changed: dict[st
     tokens = came[0] if came else None
     if tokens is None or tokens.ndim != 3 or not tokens.isfinite().all():
         return None
-    if tokens.shape[0] != len(images):
+    if tokens.shape[0] != 1:
         tokens = tokens.transpose(0, 1)  # torch's own attention may have the sequence first
-    return tokens.detach().float().clone() if tokens.shape[0] == len(images) else None
+    return tokens.detach().float().clone() if tokens.shape[0] == 1 else None
 
 
 @contextmanager
 def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """In eval mode, without gradients and compilation; modes and random numbers are as before afterwards."""
+    """In eval mode, without gradients and compilation, unseen by captures; afterwards all is as it was before."""
     training = [part for part in module.modules() if part.training]
+    before = _measuring.set(True)
     module.eval()
-    devices = [device] if device.type == "cuda" else []
+    # To ask for eager execution imports the compiler, which takes seconds: only where it is in use.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad(), eager:
             yield
     finally:
         for part in training:
             part.training = True
+        _measuring.reset(before)
 
 
 def _difference(one: Tensor, other: Tensor) -> Tensor:
@@ -126,7 +142,15 @@ def _difference(one: Tensor, other: Tensor) -> Tensor:
 def _moved_by_parameters(
     anatomy: Anatomy, call: Call, image: Tensor, tokens: Tensor, fixed: Sequence[int]
 ) -> dict[str, list[int]]:
-    """Of each kind of token, the fixed positions that move when parameters of its usual names are changed."""
+    """Of each kind of token, the fixed positions that move when parameters of its usual names are changed.
+
+    Args:
+        anatomy: where the model keeps its parts.
+        call: how the model is called on an image.
+        image: one image.
+        tokens: `(T, D)` of that image.
+        fixed: positions that are the same for every image.
+    """
     moved: dict[str, list[int]] = {}
     for kind, names in _KINDS.items():
         changed = {
@@ -135,8 +159,8 @@ def _moved_by_parameters(
             if name.removesuffix(".weight").rpartition(".")[2] in names and value.is_floating_point()
         }
         seen = _first_tokens(anatomy, call, image, changed) if changed else None
-        if seen is not None and seen.shape == tokens.shape:
-            by = _difference(seen[0], tokens[0])
+        if seen is not None and seen[0].shape == tokens.shape:
+            by = _difference(seen[0], tokens)
             moved[kind] = [place for place in fixed if by[place] > _SAME * float(by.max())]
     return moved
 
@@ -147,78 +171,81 @@ def _told_apart(fixed: Sequence[int], moved: dict[str, list[int]]) -> bool:
     return len(moved.get("[cls]", [])) <= 1 and sorted(known) == list(fixed)
 
 
-def _require_agreement(anatomy: Anatomy, given: TokenLayout, fixed: Sequence[int], moved: dict[str, list[int]]) -> None:
-    """Raise `UserError` where the user's layout contradicts what was seen.
+def _require_agreement(
+    name: str, given: TokenLayout, size: Size, count: int, fixed: Sequence[int], moved: dict[str, list[int]]
+) -> None:
+    """Raise `UserError` where the user's layout contradicts what was seen: `count` tokens, `fixed` and `moved` of them.
 
     A token that is the same for every image is no patch. One that is not may be a [cls] made of the image.
     """
-    special, told = given.special, _told_apart(fixed, moved)
+    if count != given.num_tokens:
+        raise UserError(
+            f"the layout given has {given.num_tokens} tokens ({given}), but {name} makes {count} of images of "
+            f"{size[0]}×{size[1]} pixels, {len(fixed)} of them the same for every image: correct the layout, or leave "
+            f"it out"
+        )
+    special, cls = given.special, moved.get("[cls]", [])
     right = set(fixed) <= set(special)
-    if right and told:
-        ends = int(given.has_cls), int(given.has_cls) + given.num_distillation
-        kinds = zip(_KINDS, (special[: ends[0]], special[ends[0] : ends[1]], special[ends[1] :]), strict=True)
-        right = all(set(moved.get(kind, [])) <= set(places) for kind, places in kinds)
+    if right and _told_apart(fixed, moved) and given.has_cls:  # what else counts as a register is the user's word
+        right = cls == [special[0]] if cls else special[0] not in fixed
     if right:
         return
-    seen = f"of the {given.num_tokens} tokens that its first block gets, {_named(fixed)} the same for every image"
-    if told:
-        seen += f", so give positions={tuple(place for kind in _KINDS for place in moved.get(kind, []))} ("
-        seen += ", ".join(f"{kind} at {_named(places, verb=False)}" for kind, places in moved.items() if places) + ")"
-    else:
+    seen = f"of the {count} tokens that its first block gets, {_named(fixed)} the same for every image"
+    if _told_apart(fixed, moved):
+        order = tuple(place for kind in _KINDS for place in moved.get(kind, []))
+        kinds = ", ".join(f"{len(places)} {kind}" for kind, places in moved.items() if places)
+        seen += f", so give positions={order} ({kinds})"
+    elif fixed:
         seen += f", so give positions={tuple(fixed)} in the order [cls], distillation, registers"
-    raise UserError(f"the layout given ({given}) is not that of {type(anatomy.module).__name__}: {seen}")
+    raise UserError(f"the layout given ({given}) is not that of {name}: {seen}")
 
 
-def _named(places: Sequence[int], *, verb: bool = True) -> str:
-    words = ", ".join(map(str, places)) or "none"
-    return f"{words} {'is' if len(places) <= 1 else 'are'}" if verb else words
+def _named(places: Sequence[int]) -> str:
+    return f"{', '.join(map(str, places)) or 'none'} {'is' if len(places) <= 1 else 'are'}"
 
 
-def _arranged(
-    anatomy: Anatomy, expected: TokenLayout, fixed: Sequence[int], moved: dict[str, list[int]]
-) -> TokenLayout:
+def _arranged(name: str, expected: TokenLayout, fixed: Sequence[int], moved: dict[str, list[int]]) -> TokenLayout:
     """The layout with each kind of token where it was seen.
 
     Raises:
         AttentionNotSeenError: where that cannot be told.
     """
     if not fixed or _told_apart(fixed, moved):
-        of_kind = [moved.get(kind, []) for kind in _KINDS]
+        cls, distillation, registers = (moved.get(kind, []) for kind in _KINDS)
         return replace(
             expected,
-            has_cls=bool(of_kind[0]),
-            num_distillation=len(of_kind[1]),
-            num_registers=len(of_kind[2]),
-            positions=tuple(place for places in of_kind for place in places),
+            has_cls=bool(cls),
+            num_distillation=len(distillation),
+            num_registers=len(registers),
+            positions=(*cls, *distillation, *registers),
         )
     if len(fixed) == expected.num_prefix_tokens and (len(fixed) == 1 or set(fixed) == set(expected.special)):
         # One token can be but one kind. Of several that no parameter tells apart, the model's library knows the order.
         return replace(expected, positions=tuple(fixed))
-    name, count = type(anatomy.module).__name__, len(fixed)
     raise AttentionNotSeenError(
         f"{_named(fixed)} the same for every image among the tokens that the first block of {name} gets, but its "
-        f"parameters do not tell which is [cls] and which is a register: say it with load_model(model, layout="
-        f"vitprobe.TokenLayout(grid={expected.grid}, has_cls=True, num_registers={count - 1}, "
+        f"parameters do not tell which is [cls] and which is a register: say it with load_model(model, "
+        f"layout=vitprobe.TokenLayout(grid={expected.grid}, has_cls=True, num_registers={len(fixed) - 1}, "
         f"patch_size={expected.patch_size}, positions={tuple(fixed)})), with [cls] first"
     )
 
 
-def _require_rows(anatomy: Anatomy, layout: TokenLayout, seen: Tensor) -> None:
+def _require_rows(name: str, layout: TokenLayout, seen: Tensor) -> None:
     """Raise `UserError` unless patches run row by row on the grid, as far as halves of an image can tell.
 
     The middle of a half decides (quartiles), as patches at its edge may overlap the other.
     """
+    height, width = layout.grid
     places = torch.arange(layout.num_patches)
-    rows, columns = places // layout.grid[1], places % layout.grid[1]
-    for image, half, along, count in ((2, "right", columns, layout.grid[1]), (3, "lower", rows, layout.grid[0])):
+    for image, half, along, count in ((2, "right", places % width, width), (3, "lower", places // width, height)):
         by = _difference(seen[image], seen[0])[layout.patches].cpu()
+        local = (by > _SAME * by.max()).float().mean() <= _LOCAL  # of tokens that nothing has mixed
         changed, others = by[along >= (count + 1) // 2], by[along < count // 2]
-        if len(changed) and changed.quantile(0.25) <= others.quantile(0.75):
-            height, width = layout.grid
+        if local and len(others) and changed.quantile(0.25) <= others.quantile(0.75):
             raise UserError(
-                f"the patches of {type(anatomy.module).__name__} do not run row by row on a grid of {height}x{width}: "
-                f"a change of an image's {half} half changes other patches than those of the {half} half; give the "
-                f"right grid with load_model(model, layout=vitprobe.TokenLayout(…)); another order is not supported"
+                f"the patches of {name} do not run row by row on a grid of {height}x{width}: a change of an image's "
+                f"{half} half changes other patches than those of the {half} half; give the right grid with "
+                f"load_model(model, layout=vitprobe.TokenLayout(…)); another order is not supported"
             )
 
 

@@ -77,8 +77,9 @@ def _trunk(module: nn.Module) -> nn.Module | None:
 def _overlapping(embedding: nn.Module) -> nn.Conv2d | None:
     """The convolution of an embedding like timm's that cuts patches which overlap; None where patches tile."""
     convolution = patch_convolution(embedding)
-    tiles = convolution is None or convolution.stride == convolution.kernel_size
-    return None if tiles or convolution.kernel_size != pair(getattr(embedding, "patch_size", 0)) else convolution
+    if convolution is None or convolution.stride == convolution.kernel_size:
+        return None
+    return convolution if convolution.kernel_size == pair(getattr(embedding, "patch_size", 0)) else None
 
 
 def _padded_grids(given: dict[str, Any], name: str, prefix: TokenLayout) -> list[TokenLayout]:
