@@ -46,7 +46,8 @@ class TokenLayout:
         if self.positions is None:
             return
         found = tuple(position + self.num_tokens * (position < 0) for position in self.positions)
-        if len(set(found)) != self.num_prefix_tokens or not all(0 <= place < self.num_tokens for place in found):
+        each_once = len(set(found)) == len(found) == self.num_prefix_tokens
+        if not each_once or not all(0 <= place < self.num_tokens for place in found):
             raise UserError(
                 f"positions={tuple(self.positions)} of a layout names each of its {self.num_prefix_tokens} [cls], "
                 f"distillation and register tokens once, from 0 to {self.num_tokens - 1} or negative from the end"

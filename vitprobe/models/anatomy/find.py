@@ -60,13 +60,12 @@ def image_tower(module: nn.Module) -> nn.Module:
 
 def _with_layout(anatomy: Anatomy, layout: TokenLayout) -> Anatomy:
     """An anatomy with the user's word on which token is what, for images of the size that its grid is of."""
-    found, size = anatomy.layout(anatomy.image_size), anatomy.image_size
-    if found.grid != layout.grid:
-        convolution = own_vit.patch_convolution(anatomy.images_enter)
-        _, size = own_vit.of_given(layout, convolution, None)
+    size = anatomy.image_size
+    if anatomy.layout(size).grid != layout.grid and anatomy.any_size:
+        _, size = own_vit.of_given(layout, own_vit.patch_convolution(anatomy.images_enter), None)
 
     def of_size(asked: tuple[int, int]) -> TokenLayout:
-        return layout if asked == size else layout.of_grid(anatomy.layout(asked).grid)
+        return own_vit.for_images(layout, anatomy.layout(asked).grid, asked)
 
     return replace(
         anatomy,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitprobe.errors import AttentionNotSeenError
+from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.models.anatomy.parts import Anatomy, Size, grid_of, pair, read_images, size_of
 from vitprobe.models.tokens import TokenLayout
 
@@ -108,10 +108,11 @@ def of_given(
         said: height and width that the model says it takes, or None.
     """
     if convolution is None or pair(convolution.stride) != layout.patch_size:
-        return _scaled(layout), layout.image_size
+        whole, size = _scaled(layout), layout.image_size
+        return lambda asked: for_images(layout, whole(asked).grid, asked), size
     if said is None or grid_of(convolution, said) != layout.grid:
         said = size_of(convolution, layout.grid)
-    return _cut(layout, convolution), said
+    return lambda asked: for_images(layout, grid_of(convolution, asked), asked), said
 
 
 def _scaled(layout: TokenLayout) -> Callable[[Size], TokenLayout]:
@@ -126,6 +127,20 @@ def _scaled(layout: TokenLayout) -> Callable[[Size], TokenLayout]:
 def _cut(layout: TokenLayout, convolution: nn.Conv2d) -> Callable[[Size], TokenLayout]:
     """Image size → `layout` with the patches that the convolution cuts."""
     return lambda size: layout.of_grid(grid_of(convolution, size))
+
+
+def for_images(layout: TokenLayout, grid: Size, size: Size) -> TokenLayout:
+    """The user's layout for images of `size`, which make `grid` of patches.
+
+    Raises:
+        UserError: where that grid has as many patches as the layout's, and others: the layout is of other images.
+    """
+    if grid != layout.grid and grid[0] * grid[1] == layout.num_patches:
+        raise UserError(
+            f"the layout given has a grid of {layout.grid[0]}x{layout.grid[1]} patches, but images of {size[0]}×"
+            f"{size[1]} pixels make {grid[0]}x{grid[1]}: give the layout with grid={grid}, or images of its grid"
+        )
+    return layout.of_grid(grid)
 
 
 def _find_blocks(module: nn.Module) -> list[nn.Module]:
