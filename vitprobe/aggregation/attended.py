@@ -78,7 +78,7 @@ class CenterAttention(Center):
 
 
 class ClsAttention(WeightedPool):
-    """What [cls] attends to: its attention to the patches, mean over heads, renormalised."""
+    """What [cls] attends to: its attention to the patches, mean over heads, renormalised: `attn-mn` of beyond_cls."""
 
     needs_cls = True
     needs_attention = True
@@ -94,7 +94,10 @@ class ClsAttention(WeightedPool):
 
 
 class ClsAttentionMinEntropy(ClsAttention):
-    """What the most decided head of [cls] attends to: of each image, the head with the lowest entropy over patches."""
+    """What the most decided head of [cls] attends to: of each image, the head with the lowest entropy over patches.
+
+    Published: `attn-lcte` of beyond_cls. Not as there: the entropy is exact (the script adds 1e-6 inside it).
+    """
 
     def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
         """That head's [cls] row over the patches, renormalised."""
