@@ -108,6 +108,14 @@ def test_the_table_agrees_with_the_modules_that_timm_has(name, module, prefix, w
     assert installed(module(), prefix) == rows
 
 
+@pytest.mark.parametrize("dim", [8, 24, 40, 72, 100])
+def test_cbam_is_as_narrow_as_timms(dim: int) -> None:
+    assert installed(CbamModule(dim, spatial_kernel_size=7)) == {key: shape for key, shape, _, _ in published.cbam(dim)}
+    own = create("cbam", dim=dim)
+    for _, shape, ours, _ in published.cbam(dim):
+        assert same_to_lars(tuple(own.get_parameter(ours).shape), shape)
+
+
 def assert_drawn(values: Tensor, initial: published.Initial, what: str) -> None:
     """The numbers have this mean and deviation as far as so many can, and come near the bound without passing it."""
     values, count = values.double(), values.numel()

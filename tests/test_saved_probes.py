@@ -202,7 +202,9 @@ def test_files_that_are_no_probe(verified: Any, tmp_path: Path) -> None:
 def test_a_probe_of_an_older_vitprobe_is_read_or_said_to_be_older(tmp_path: Path) -> None:
     """Older files do not say which vitprobe wrote them, and hold poolings of other shapes, as AIM's query of `(D,)`."""
     model = tiny_vit()
-    verify(model, squares(), ["gap", "aim(heads=4)"], protocol=ONE, out=tmp_path)
+    verify(model, squares(), ["gap", "aim(heads=4)", "capi(heads=4)"], protocol=ONE, out=tmp_path)
+    capi = load_probe(next((tmp_path / "probes").glob("capi*")), model)
+    assert not capi.probe.norm.state_dict() and embedded(capi).isfinite().all()
     gap, aim = (next((tmp_path / "probes").glob(f"{name}*")) for name in ("gap", "aim"))
     for path in (gap, aim):
         with safe_open(path, framework="pt") as file:
