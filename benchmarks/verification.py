@@ -27,14 +27,14 @@ def rows(found: Verification) -> list[list[str]]:
     """The cells of a verification's table, in percent, with 95 % intervals in brackets."""
     lines = []
     for _, row in found.table().iterrows():
-        baseline = row["aggregator"] == row["gain_over"]
+        baseline = row["label"] == row["gain_over"]
         accuracy, low, high, gain, gain_low, gain_high = (
             100 * row[name] for name in ("accuracy", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high")
         )
         edge = " (edge of the grid)" if row.get("rate_at_edge") else ""
         lines.append(
             [
-                f"`{row['aggregator']}`",
+                f"`{row['label']}`",
                 f"{row['parameters']:,}",
                 f"{accuracy:.2f} [{low:.2f}, {high:.2f}]",
                 "–" if baseline else f"{gain:+.2f} [{gain_low:+.2f}, {gain_high:+.2f}]",

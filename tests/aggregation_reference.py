@@ -41,14 +41,33 @@ def mlp(x: Tensor, p: Parameters) -> Tensor:
     return linear(hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2))), p, "mlp.2")
 
 
-def abmilp(p: Parameters, x: Tensor) -> Tensor:
+def positions(grid: tuple[int, int], dim: int) -> Tensor:
+    """Sines and cosines of the column, then of the row of each patch, `(N, D)`."""
+    table = torch.zeros(grid[0] * grid[1], dim, dtype=torch.float64)
+    for patch in range(len(table)):
+        for half, place in enumerate((patch % grid[1], patch // grid[1])):
+            for i in range(dim // 4):
+                angle = torch.tensor(place / 10000 ** (i / (dim // 4)), dtype=torch.float64)
+                table[patch, half * dim // 2 + i] = angle.sin()
+                table[patch, half * dim // 2 + dim // 4 + i] = angle.cos()
+    return table
+
+
+def abmilp(p: Parameters, x: Tensor, *, kind: str = "none", tanh: bool = False, table: Tensor | float = 0.0) -> Tensor:
+    z = x
+    if kind != "none":
+        query, key, value = (x @ p["attention.query_key_value.weight"].T).chunk(3, dim=-1)
+        gathered = [
+            (k @ q.T / math.sqrt(x.shape[-1])).softmax(dim=0).T @ v for q, k, v in zip(query, key, value, strict=True)
+        ]  # softmax over keys
+        z = linear(torch.stack(gathered), p, "attention.out")
     layers = sorted(int(name.split(".")[1]) for name in p if name.startswith("score.") and name.endswith("weight"))
-    scores = x
+    scores = z + table
     for layer in layers:
         scores = linear(scores, p, f"score.{layer}")
         if layer != layers[-1]:
-            scores = scores.clamp(min=0)
-    return (scores.softmax(dim=1) * x).sum(dim=1)
+            scores = scores.tanh() if tanh else scores.clamp(min=0)
+    return (scores.softmax(dim=1) * (z if kind == "both" else x)).sum(dim=1)
 
 
 def ep(p: Parameters, x: Tensor) -> Tensor:
@@ -62,26 +81,38 @@ def ep(p: Parameters, x: Tensor) -> Tensor:
 
 
 def capi(p: Parameters, x: Tensor, heads: int) -> Tensor:
-    query = p["query"].expand(len(x), -1)
-    return attend(query, linear(x, p, "attention.key"), linear(x, p, "attention.value"), heads)
+    query = p["query"].flatten().expand(len(x), -1)
+    return attend(query, *linear(x, p, "attention.key_value").chunk(2, dim=-1), heads)
 
 
 def aim(p: Parameters, x: Tensor, heads: int) -> Tensor:
     flat = x.flatten(0, 1)
-    x = (x - flat.mean(0)) / (flat.var(0, correction=0) + 1e-6).sqrt()
-    return capi(p, x, heads)
+    return separate(p, (x - flat.mean(0)) / (flat.var(0, correction=0) + 1e-6).sqrt(), heads)
+
+
+def separate(p: Parameters, x: Tensor, heads: int) -> Tensor:
+    """A learned query over keys and values with a matrix each."""
+    query = p["query"].flatten().expand(len(x), -1)
+    return attend(query, linear(x, p, "attention.key"), linear(x, p, "attention.value"), heads)
 
 
 def projected(p: Parameters, query: Tensor, keys: Tensor, values: Tensor, heads: int) -> Tensor:
-    """Attention with all four projections."""
-    query, keys = linear(query, p, "attention.query"), linear(keys, p, "attention.key")
-    return linear(attend(query, keys, linear(values, p, "attention.value"), heads), p, "attention.out")
+    """Attention with all four projections, of which some are the rows of one matrix."""
+    given = {"query": [query], "key": [keys], "value": [values]}
+    given |= {"key_value": [keys, values], "query_key_value": [query, keys, values]}
+    parts = [
+        linear(tokens, p, f"attention.{name}").chunk(len(several), dim=-1)[place]
+        for name, several in given.items()
+        if f"attention.{name}.weight" in p
+        for place, tokens in enumerate(several)
+    ]
+    return linear(attend(*parts, heads), p, "attention.out")
 
 
 def cae(p: Parameters, x: Tensor, heads: int) -> Tensor:
     query, keys, values = (
         layer_norm(t, p[f"{name}_norm.weight"], p[f"{name}_norm.bias"])
-        for t, name in ((p["query"].expand(len(x), -1), "query"), (x, "key"), (x, "value"))
+        for t, name in ((p["query"].flatten().expand(len(x), -1), "query"), (x, "key"), (x, "value"))
     )
     return projected(p, query, keys, values, heads)
 
@@ -98,19 +129,20 @@ def clip(p: Parameters, x: Tensor, heads: int) -> Tensor:
 
 
 def siglip(p: Parameters, x: Tensor, heads: int) -> Tensor:
-    vector = projected(p, p["query"].expand(len(x), -1), x, x, heads)
+    vector = projected(p, p["query"].flatten().expand(len(x), -1), x, x, heads)
     return vector + mlp(vector, p)
 
 
 def vjepa(p: Parameters, x: Tensor, heads: int) -> Tensor:
     x = layer_norm(x, p["norm.weight"], p["norm.bias"])
-    vector = p["query"] + projected(p, p["query"].expand(len(x), -1), x, x, heads)
+    query = p["query"].flatten().expand(len(x), -1)
+    vector = query + projected(p, query, x, x, heads)
     return vector + mlp(layer_norm(vector, p["mlp_norm.weight"], p["mlp_norm.bias"]), p)
 
 
 def coca(p: Parameters, x: Tensor, heads: int, size: int) -> Tensor:
     query = linear(layer_norm(p["queries"], p["norm.weight"], None), p, "query")[0]
-    keys, values = linear(x, p, "key"), linear(x, p, "value")
+    keys, values = linear(x, p, "key_value").chunk(2, dim=-1)
     parts = []
     for head in range(heads):
         weights = (keys @ query[head * size : (head + 1) * size] / math.sqrt(size)).softmax(dim=1)
@@ -119,7 +151,7 @@ def coca(p: Parameters, x: Tensor, heads: int, size: int) -> Tensor:
 
 
 def cait(p: Parameters, x: Tensor, heads: int) -> Tensor:
-    own = p["query"].expand(len(x), 1, -1)
+    own = p["query"].flatten().expand(len(x), 1, -1)
     both = layer_norm(torch.cat([own, x], dim=1), p["norm.weight"], p["norm.bias"], 1e-6)
     vector = own[:, 0] + p["scale"] * projected(p, both[:, 0], both, both, heads)
     normed = layer_norm(vector, p["mlp_norm.weight"], p["mlp_norm.bias"], 1e-6)

@@ -35,6 +35,9 @@ def test_names():
         ("oracle:vit_base_patch16_224.dino", {}, "oracle:vit_base_patch16_224.dino"),
         ("oracle:of_all", {}, "oracle:of_all"),
         ("center_attention3", {}, "center_attention3"),
+        ("center_attention3(scale=sum)", {}, "center_attention3"),
+        ("center_attention3", {"scale": "paper"}, "center_attention3(scale=paper)"),
+        ("oracle:vit(scale=paper)", {"renormalise": False}, "oracle:vit(renormalise=false,scale=paper)"),
     ],
 )
 def test_a_name_says_what_differs_from_the_defaults(given, options, name):
@@ -53,7 +56,11 @@ def test_a_name_says_what_differs_from_the_defaults(given, options, name):
         ("ep(queries=8", {}, "no aggregator is called 'ep(queries=8'"),
         ("gap(size=2)", {}, "gap has no option 'size': it has none"),
         ("center2(size=3)", {}, "center2 has no option 'size': it has none"),
-        ("oracle:vit(model=other)", {}, "oracle:vit has no option 'model': it has renormalise"),
+        ("oracle:vit(model=other)", {}, "oracle:vit has no option 'model': it has renormalise, scale"),
+        ("center_attention2(size=3)", {}, "center_attention2 has no option 'size': it has scale"),
+        ("center_attention2(scale=mean)", {}, "scale is one of sum, paper, not 'mean'"),
+        ("oracle:vit(scale=papers)", {}, "scale is one of sum, paper, not 'papers'"),
+        ("center2(scale=paper)", {}, "center2 has no option 'scale': it has none"),
         ("ep", {"query": 8}, "ep has no option 'query': it has tokens, queries, d_out"),
         ("ep(8)", {}, "ep: '8' is no option; write option=value"),
         ("ep(queries=many)", {}, "ep: queries is a whole number, not 'many'"),

@@ -14,6 +14,7 @@ from vitprobe.aggregation import TokenBatch, create
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
 from vitprobe.models.tokens import TokenLayout
+from vitprobe.probing.probe import Probe
 
 DIM = 8
 LAYOUT = TokenLayout(grid=(5, 6), has_cls=True, num_registers=2)
@@ -173,6 +174,51 @@ def test_oracle():
     with pytest.raises(UserError) as error:
         oracle(token_batch(oracles={"dino": attention[..., :16]}))
     assert message(error) == "dino has 16 patches, the model 30: choose an oracle with the same grid"
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, TokenLayout(grid=(14, 14), has_cls=True)])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_center_attention_at_the_papers_scale(layout, size):
+    """`ca` of the released script, one image at a time: renormalised with 1e-6, then the mean over patches."""
+    batch = attended_batch(layout)
+    aggregator = create(f"center_attention{size}(scale=paper)", dim=DIM)
+    first, (height, width) = layout.num_prefix_tokens, layout.grid
+    expected = []
+    for image, attention in enumerate(batch.attention.probabilities()):
+        mean = attention.mean(dim=0)[first:, first:].reshape(height, width, height * width)
+        rows, columns = (slice(n // 2 - math.ceil(size / 2), n // 2 + size // 2) for n in (height, width))
+        if height % 2 or width % 2:  # the script takes even grids alone; of others we take the middle
+            rows, columns = (slice((n - size) // 2, (n - size) // 2 + size) for n in (height, width))
+        weights = mean[rows, columns].mean(dim=(0, 1))
+        weights = weights / (weights.sum() + 1e-6)
+        expected.append((batch.patches[image] * weights[:, None]).mean(dim=0))
+    close(aggregator(batch), torch.stack(expected))
+    summed = create(f"center_attention{size}", dim=DIM)(batch)
+    close(aggregator(batch) * layout.num_patches, summed, 1e-4)
+
+
+def test_an_oracle_at_the_papers_scale():
+    """`dino` of the released script: the mean over heads and patches of tokens times attention, not renormalised."""
+    attention = torch.rand(3, 4, 30, dtype=torch.float64) / 30
+    batch = token_batch(oracles={"dino": attention})
+    expected = (batch.patches[:, None] * attention[..., None]).mean(dim=(1, 2))
+    for name in ("oracle:dino(scale=paper)", "oracle:dino(renormalise=false,scale=paper)"):
+        oracle = create(name, dim=DIM)
+        assert oracle.name == name and not oracle.learned and oracle.oracle == "dino"
+        close(oracle(batch), expected)
+        close(oracle.weights(batch).sum(dim=-1)[:, 0], attention.sum(dim=-1).mean(dim=1) / 30)
+
+
+def test_a_probe_sees_the_papers_scale():
+    """Normalisation does not undo a scale at which its 1e-6 is not small beside the variance."""
+    batch = attended_batch()
+    small, large = (
+        Probe(create(f"center_attention2{scale}", dim=DIM), 2).double().vector(batch) for scale in ("(scale=paper)", "")
+    )
+    vectors = create("center_attention2(scale=paper)", dim=DIM)(batch)
+    centred = vectors - vectors.mean(dim=0)
+    close(small, centred / (centred.square().mean(dim=0) + 1e-6).sqrt())
+    assert (small.abs() < large.abs()).all()
 
 
 def object_batch() -> tuple[TokenBatch, Tensor]:

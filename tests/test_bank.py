@@ -82,6 +82,18 @@ def test_joint_training_is_training_alone_bit_for_bit(joint: Bank, aggregator: s
         assert not torch.equal(alone.head.weight, bank_of([spec]).probe(spec).head.weight)
 
 
+@pytest.mark.parametrize("optimizer", ["lars", "adamw"])
+def test_projections_that_are_one_matrix_are_trained_as_if_alone(optimizer: str) -> None:
+    """Halves and thirds of a matrix lie where the bank puts it, and a query is `(1, 1, D)` beside a `(D,)` one."""
+    aggregators = ("capi(heads=4)", "siglip(heads=4)", "clip", "cae(heads=4)", "coca(queries=2)")
+    specs = [spec for spec in grid(aggregators, [optimizer]) if spec.tap == TAPS[0] and spec.weight_decay]
+    joint = train(bank_of(specs), last=3)
+    for spec in specs:
+        alone = train(bank_of([spec]), last=3).probe(spec)
+        assert_same_bits(joint.probe(spec), alone)
+        assert not torch.equal(alone.head.weight, bank_of([spec]).probe(spec).head.weight)
+
+
 def trained_plainly(spec: ProbeSpec) -> Probe:
     """A probe trained by torch's own optimisers, in float64."""
     torch.manual_seed(spec.seed)

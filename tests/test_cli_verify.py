@@ -62,17 +62,17 @@ def test_the_table_the_figure_and_the_folder() -> None:
     result = run()
     said = succeeds(result)
     table = pd.read_csv("run/accuracy.csv")
-    assert list(table["aggregator"]) == [f"{name}@block0" for name in ("cls", "gap", "abmilp", "ep")]
+    assert list(table["label"]) == [f"{name}@block0" for name in ("cls", "gap", "abmilp", "ep")]
     assert "random_vit_nano (random) on squares" in said
     for _, row in table.iterrows():
-        words = f"{row['aggregator']} {row['parameters']:,} {100 * row['accuracy']:.2f} [{100 * row['ci_low']:.2f}, "
+        words = f"{row['label']} {row['parameters']:,} {100 * row['accuracy']:.2f} [{100 * row['ci_low']:.2f}, "
         assert words in said, words
     sha = Verification.load("run").manifest["model"]["weights_sha256"]
     assert f"Conditional on these backbone weights (random_vit_nano, sha256 {sha[:12]}…)" in said
     assert "and on the protocol bank" in said and "every number: run/accuracy.csv" in said
     assert "figure: run/figures/selective_aggregation.pdf, " in said
     assert {path.name for path in Path("run/figures").iterdir()} == FIGURES
-    probes = {f"{name}-seed{seed}.safetensors" for name in table["aggregator"] for seed in (0, 1)}
+    probes = {f"{name}-seed{seed}.safetensors" for name in table["label"] for seed in (0, 1)}
     assert {path.name for path in Path("run/probes").iterdir()} == probes
     assert {path.name for path in Path("run").iterdir()} == {
         *("manifest.json", "accuracy.csv", "correctness.safetensors", "probes", "figures")
@@ -86,7 +86,7 @@ def test_the_other_protocols(protocol: str) -> None:
     table = pd.read_csv("run/accuracy.csv")
     names = ["cls", "gap", "abmilp", "ep"] if protocol == "cached" else ["cls", "gap"]
     places = ["block0", "block0+norm"] if protocol == "knn" else ["block0"]
-    assert list(table["aggregator"]) == [f"{name}@{place}" for place in places for name in names]
+    assert list(table["label"]) == [f"{name}@{place}" for place in places for name in names]
     assert f"on the protocol {protocol}" in said and {path.name for path in Path("run/figures").iterdir()} == FIGURES
 
 
@@ -94,7 +94,7 @@ def test_aggregators_with_options_blocks_and_norm() -> None:
     names = "cls,abmilp(depth=2,activation=tanh)"
     said = succeeds(run("--aggregators", names, "--block", -1, "--norm", "--seed", 3, "--dtype", "bfloat16"))
     table = pd.read_csv("run/accuracy.csv")
-    assert list(table["aggregator"]) == [
+    assert list(table["label"]) == [
         f"{name}@block{block}+norm" for block in (0, 11) for name in ("cls", "abmilp(depth=2,activation=tanh)")
     ]
     assert "abmilp(depth=2,activation=tanh)@block0+norm" in said

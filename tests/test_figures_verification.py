@@ -40,7 +40,7 @@ def test_bars_and_lines_are_the_tables_numbers(several):
         ax = figures.selective_aggregation(several)
         assert dict(matplotlib.rcParams) == before
     expected = [
-        each.table().set_index("aggregator").loc[f"{aggregator}@block11"]
+        each.table().set_index("label").loc[f"{aggregator}@block11"]
         for each, first in zip(several, ("cls", "gap", "cls"), strict=True)
         for aggregator in (first, "abmilp")
     ]
@@ -58,7 +58,7 @@ def test_under_each_model_stands_its_name_and_its_paired_gain(several):
     ax = figures.selective_aggregation(several)
     labels = [text.get_text() for text in ax.get_xticklabels()]
     for label, verification in zip(labels, several, strict=True):
-        row = verification.table().set_index("aggregator").loc["abmilp@block11"]
+        row = verification.table().set_index("label").loc["abmilp@block11"]
         name, paradigm = verification.name, verification.paradigm
         *lines, gain, interval = label.split("\n")
         assert "".join(lines).replace(" ", "") == f"{name}({paradigm})"
@@ -85,7 +85,7 @@ def test_models_that_lack_an_aggregator_are_named(several):
 
 def test_a_name_without_place_is_the_deepest_raw_one_and_a_full_name_is_itself():
     verification = made_verification(places=("@block11+norm", "@block11", "@block2"))
-    table = verification.table().set_index("aggregator")["accuracy"]
+    table = verification.table().set_index("label")["accuracy"]
     for asked, found in (("abmilp", "abmilp@block11"), ("abmilp@block2", "abmilp@block2")):
         heights = [bar.get_height() for bar in bars(figures.selective_aggregation(verification, [asked]))]
         np.testing.assert_allclose(heights, [100 * table[found.replace("abmilp", "cls")], 100 * table[found]])

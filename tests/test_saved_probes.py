@@ -199,6 +199,29 @@ def test_files_that_are_no_probe(verified: Any, tmp_path: Path) -> None:
     assert load_probe(path, model).spec.aggregator == "ep"
 
 
+def test_a_probe_of_an_older_vitprobe_is_read_or_said_to_be_older(tmp_path: Path) -> None:
+    """Older files do not say which vitprobe wrote them, and hold poolings of other shapes, as AIM's query of `(D,)`."""
+    model = tiny_vit()
+    verify(model, squares(), ["gap", "aim(heads=4)", "capi(heads=4)"], protocol=ONE, out=tmp_path)
+    capi = load_probe(next((tmp_path / "probes").glob("capi*")), model)
+    assert not capi.probe.norm.state_dict() and embedded(capi).isfinite().all()
+    gap, aim = (next((tmp_path / "probes").glob(f"{name}*")) for name in ("gap", "aim"))
+    for path in (gap, aim):
+        with safe_open(path, framework="pt") as file:
+            words = json.loads(file.metadata()["vitprobe_probe"])
+        tensors = load_file(path)
+        if path == aim:
+            tensors["aggregator.query"] = tensors["aggregator.query"].flatten()
+        del words["vitprobe"]
+        save_file(tensors, path, metadata={"vitprobe_probe": json.dumps(words)})
+    assert embedded(load_probe(gap, model)).shape[0] == 6
+    said = refusal(aim, model)
+    assert said.startswith(f"{aim} lacks weights of its own probe, or has others (")
+    assert said.endswith("an older vitprobe wrote it: train it again with vitprobe verify")
+    verify(model, squares(), ["gap", "aim(heads=4)"], protocol=ONE, out=tmp_path, overwrite=True)
+    assert embedded(load_probe(aim, model)).shape[0] == 6
+
+
 def test_nothing_of_a_probe_says_where_or_how_it_was_made(verified: Any) -> None:
     _, folder, _ = verified
     for path in folder.iterdir():

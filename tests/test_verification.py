@@ -12,11 +12,15 @@ import pytest
 from made_verifications import made_verification
 from vitprobe.errors import UserError
 from vitprobe.probing.resampling import holm
+from vitprobe.probing.tap import Tap
 from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
 from vitprobe.profile.folder import MANIFEST
 from vitprobe.profile.profile import Profile
 
-FIRST = ["aggregator", "parameters", "accuracy", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high"]
+FIRST = [
+    *("label", "aggregator", "block", "norm", "parameters"),
+    *("accuracy", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,9 @@ def test_the_table_has_the_columns_in_their_order(made):
     table = made.table()
     others = ["top5", "mean_per_class", "gain_over", "p_value", "p_holm", "seeds", "images", "optimizer"]
     assert list(table) == [*FIRST, *others, "learning_rate", "model", "weights"]
-    assert list(table["aggregator"]) == ["cls@block11", "gap@block11", "abmilp@block11"]
+    assert list(table["label"]) == ["cls@block11", "gap@block11", "abmilp@block11"]
+    assert list(table["aggregator"]) == ["cls", "gap", "abmilp"]
+    assert (table["block"] == 11).all() and not table["norm"].any()
     assert list(table["parameters"]) == [0, 0, 193]
     assert (table["seeds"] == 3).all() and (table["images"] == 200).all() and (table["learning_rate"] == 0.1).all()
     assert (table["model"] == "mae_vit_b").all() and (table["weights"] == "0123456789ab").all()
@@ -67,9 +73,35 @@ def test_other_measures_fill_the_same_columns(made):
 def test_gains_are_over_cls_at_the_same_place():
     table = made_verification(places=("@block8", "@block11+norm")).table()
     assert list(table["gain_over"]) == ["cls@block8"] * 3 + ["cls@block11+norm"] * 3
-    accuracy = table.set_index("aggregator")["accuracy"]
+    accuracy = table.set_index("label")["accuracy"]
     gain = accuracy["abmilp@block11+norm"] - accuracy["cls@block11+norm"]
     assert table["gain"][5] == pytest.approx(gain)
+
+
+def test_a_label_is_taken_apart_into_columns(tmp_path):
+    shares = {"cls": 0.5, "abmilp(depth=2,activation=tanh)": 0.6, "oracle:hf-hub:someone/vit@main": 0.6}
+    table = made_verification(shares=shares, places=("@block2", "@block10+norm")).table()
+    assert list(table["aggregator"]) == [*shares, *shares]
+    assert list(table["block"]) == [2] * 3 + [10] * 3 and list(table["norm"]) == [False] * 3 + [True] * 3
+    assert list(table["gain_over"]) == ["cls@block2"] * 3 + ["cls@block10+norm"] * 3
+    table.to_csv(tmp_path / "table.csv", index=False)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "table.csv"), table, check_dtype=False)
+    assert pd.read_csv(tmp_path / "table.csv").dtypes[["block", "norm"]].tolist() == [np.int64, np.bool_]
+
+
+def test_a_tap_is_read_as_it_is_written():
+    for tap in (Tap(0), Tap(11), Tap(3, norm=True)):
+        assert Tap.parse(str(tap)) == tap
+    for text in ("", "11", "block", "block-1", "block1+norms", "block11 "):
+        with pytest.raises(ValueError, match="is no tap such as block11"):
+            Tap.parse(text)
+
+
+def test_a_run_whose_csv_has_the_old_columns_is_read(made, tmp_path):
+    folder = made.save(tmp_path / "run")
+    old = made.table().drop(columns=["aggregator", "block", "norm"]).rename(columns={"label": "aggregator"})
+    old.to_csv(folder / ACCURACY, index=False)
+    pd.testing.assert_frame_equal(Verification.load(folder).table(), made.table())
 
 
 def test_without_cls_gains_are_over_gap_and_without_either_there_are_none():
@@ -82,7 +114,7 @@ def test_without_cls_gains_are_over_gap_and_without_either_there_are_none():
 
 
 def test_every_two_results_against_each_other(made):
-    pairs, table = made.differences(), made.table().set_index("aggregator")
+    pairs, table = made.differences(), made.table().set_index("label")
     assert list(zip(pairs["first"], pairs["second"], strict=True)) == [
         ("cls@block11", "gap@block11"),
         ("cls@block11", "abmilp@block11"),
@@ -118,7 +150,7 @@ def test_a_folder_comes_back_equal(made, tmp_path):
         assert (one.name, one.parameters, one.hyperparameters) == (other.name, other.parameters, other.hyperparameters)
         assert (one.top1 == other.top1).all() and (one.top5 == other.top5).all()
     csv = pd.read_csv(folder / ACCURACY)
-    assert list(csv)[:8] == FIRST
+    assert list(csv)[: len(FIRST)] == FIRST
     pd.testing.assert_frame_equal(csv, made.table(), check_dtype=False)
     assert (loaded.name, loaded.paradigm, loaded.protocol, loaded.data) == ("mae_vit_b", "MIM", "fast", "digits")
 

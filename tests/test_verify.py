@@ -27,7 +27,10 @@ from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.heldout import held_out
 
-FIRST = ["aggregator", "parameters", "accuracy", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high"]
+FIRST = [
+    *("label", "aggregator", "block", "norm", "parameters"),
+    *("accuracy", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high"),
+]
 TRAINS = ("bank", "cached")
 
 
@@ -64,9 +67,9 @@ def test_each_method_writes_a_whole_folder(tmp_path: Path, method: str) -> None:
     names = ["cls", "gap", "abmilp", "ep"] if trains else ["cls", "gap"]
     places = ["@block1", "@block1+norm"][:norms]
     table = pd.read_csv(out / "accuracy.csv")
-    assert list(table)[:8] == FIRST
-    assert list(table["aggregator"]) == [name + place for place in places for name in names]
-    assert dict(zip(table["aggregator"], table["parameters"], strict=True))["cls@block1"] == 0
+    assert list(table)[: len(FIRST)] == FIRST
+    assert list(table["label"]) == [name + place for place in places for name in names]
+    assert dict(zip(table["label"], table["parameters"], strict=True))["cls@block1"] == 0
     assert (table["accuracy"].between(table["ci_low"], table["ci_high"])).all()
     assert (table["accuracy"] > 0.5).any(), "worse than what the colours allow"
     assert list(table["gain_over"]) == [f"cls{place}" for place in places for _ in names]

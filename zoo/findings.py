@@ -149,7 +149,10 @@ def measure(test: Path, verified: Path, out: Path) -> None:
     claims = pd.DataFrame([judge(claim, profiles) for claim in CLAIMS])
     claims.to_csv(TABLES / "claims.csv", index=False, float_format="%.6g")
     gains = pd.concat(
-        [pd.read_csv(path).assign(model=path.parent.name) for path in sorted(verified.glob("*/accuracy.csv"))]
+        [
+            vp.Verification.load(path.parent).table().assign(model=path.parent.name)
+            for path in sorted(verified.glob("*/accuracy.csv"))
+        ]
     )
     gains.to_csv(TABLES / "aggregation.csv", index=False, float_format="%.6g")
     draw([profiles[name] for name in BUNDLED], FIGURE, 4.7)
@@ -192,7 +195,7 @@ def claims_table() -> str:
 
 def gains_table() -> str:
     """What aggregations of the patches give over [cls], in points of accuracy."""
-    found = {(row["model"], row["aggregator"].partition("@")[0]): row for row in stored("aggregation")}
+    found = {(row["model"], row["aggregator"]): row for row in stored("aggregation")}
     rows = [
         [
             f"`{model}`",

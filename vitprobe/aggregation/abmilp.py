@@ -21,6 +21,10 @@ ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 class AbMilp(WeightedPool):
     """Each token gets a score from a small network; the vector is the sum of tokens under the softmax of the scores.
 
+    Published: beyond_cls's `abmilp.py`. The defaults are those of the paper's command (depth 1, patches alone, no
+    self-attention), not those of the script. Not as there: the table of positions is fixed (the script trains it by
+    mistake), and the first patch is read where there is no [cls] before it (the script drops it).
+
     Args:
         dim: D, numbers a token.
         tokens: "patches" or "all" (the paper's content).

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitprobe.aggregation.batch import TokenBatch
+from vitprobe.aggregation.choices import one_of
 from vitprobe.aggregation.kernel import Tokens
 from vitprobe.aggregation.simple import Center
 from vitprobe.aggregation.weighted import WeightedPool
@@ -16,6 +17,7 @@ from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
 
 Weights = Float[Tensor, "batch query patch"]
+SCALES = ("sum", "paper")
 
 
 def patch_attention(view: AttentionView, rows: slice) -> Float[Tensor, "batch head row patch"]:
@@ -42,23 +44,41 @@ def _renormalised(weights: Float[Tensor, "batch patch"], batch: TokenBatch) -> W
     return (weights / weights.sum(dim=-1, keepdim=True)).to(batch.tokens.dtype)[:, None]
 
 
+def _averaged(weights: Float[Tensor, "batch patch"], batch: TokenBatch) -> Weights:
+    """As one set of weights, for the mean over patches instead of the sum."""
+    return (weights / weights.shape[-1]).to(batch.tokens.dtype)[:, None]
+
+
 class CenterAttention(Center):
     """What the patches in the middle of the grid attend to: their attention to patches, mean over heads, renormalised.
 
-    The paper's script divides the weighted sum by N once more, which the normalisation of a probe undoes: left out.
+    Published: `ca1` to `ca4` of beyond_cls. There the vector is the mean of the weighted tokens, not their sum: N
+    times shorter, which matters beside the 1e-6 that a probe's normalisation adds to variances.
+
+    Args:
+        dim: numbers per token.
+        size: patches on a side of the window.
+        scale: "sum": the weights of an image sum to 1; "paper": as published, `w / (Σw + 1e-6) / N`.
     """
 
     needs_attention = True
+
+    def __init__(self, dim: int, size: int, *, scale: str = "sum") -> None:
+        super().__init__(dim, size)
+        self.scale = one_of("scale", scale, SCALES)
 
     def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
         """Mean over the window's patches and over heads, renormalised over the patches."""
         view, first = self.attention_of(batch), batch.layout.num_prefix_tokens
         rows = [patch_attention(view, slice(first + row.start, first + row.stop)) for row in self.window(batch.layout)]
-        return _renormalised(torch.cat(rows, dim=2).mean(dim=(1, 2)), batch)
+        weights = torch.cat(rows, dim=2).mean(dim=(1, 2))
+        if self.scale == "sum":
+            return _renormalised(weights, batch)
+        return _averaged(weights / (weights.sum(dim=-1, keepdim=True) + 1e-6), batch)
 
 
 class ClsAttention(WeightedPool):
-    """What [cls] attends to: its attention to the patches, mean over heads, renormalised."""
+    """What [cls] attends to: its attention to the patches, mean over heads, renormalised: `attn-mn` of beyond_cls."""
 
     needs_cls = True
     needs_attention = True
@@ -74,7 +94,10 @@ class ClsAttention(WeightedPool):
 
 
 class ClsAttentionMinEntropy(ClsAttention):
-    """What the most decided head of [cls] attends to: of each image, the head with the lowest entropy over patches."""
+    """What the most decided head of [cls] attends to: of each image, the head with the lowest entropy over patches.
+
+    Published: `attn-lcte` of beyond_cls. Not as there: the entropy is exact (the script adds 1e-6 inside it).
+    """
 
     def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
         """That head's [cls] row over the patches, renormalised."""
@@ -93,17 +116,20 @@ class ClsAttentionMinEntropy(ClsAttention):
 class Oracle(WeightedPool):
     """What another model's [cls] attends to in its last block, mean over heads, renormalised over the patches.
 
-    The paper's script does not renormalise, and divides by N; the latter a probe's normalisation undoes.
+    Published: `dino` of beyond_cls, with `vit_base_patch16_224.dino` for the other model. There the weights are not
+    renormalised, and the vector is the mean of the weighted tokens, not their sum.
 
     Args:
-        dim: numbers a token.
+        dim: numbers per token.
         model: the other model's name.
         renormalise: whether the weights of an image sum to 1. If not, they sum to what [cls] gives to patches.
+        scale: "sum": the vector is the weighted sum of tokens; "paper": as published, `w / N`, where `renormalise`
+            means nothing.
     """
 
-    def __init__(self, dim: int, model: str, *, renormalise: bool = True) -> None:
+    def __init__(self, dim: int, model: str, *, renormalise: bool = True, scale: str = "sum") -> None:
         super().__init__(dim)
-        self.oracle, self.renormalise = model, renormalise
+        self.oracle, self.renormalise, self.scale = model, renormalise, one_of("scale", scale, SCALES)
 
     def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
         """The other model's [cls] row over the patches, mean over heads."""
@@ -117,4 +143,6 @@ class Oracle(WeightedPool):
                 f"{self.oracle} has {weights.shape[1]} patches, the model {batch.layout.num_patches}: "
                 f"choose an oracle with the same grid"
             )
+        if self.scale == "paper":
+            return _averaged(weights, batch)
         return _renormalised(weights, batch) if self.renormalise else weights.to(batch.tokens.dtype)[:, None]

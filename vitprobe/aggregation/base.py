@@ -25,12 +25,16 @@ class Aggregator(nn.Module):
         needs_cls: whether it reads a [cls] token.
         needs_attention: whether it reads the attention inside the block.
         oracle: another model whose [cls] attention it reads, or the empty string.
+        normalised: whether a probe normalises its vector over the batch before the classifier; all do but CAPI's.
+        classifier_std: deviation of the initial weights of a probe's classifier, where they are drawn as published.
     """
 
     name: str = ""
     needs_cls: bool = False
     needs_attention: bool = False
     oracle: str = ""
+    normalised: bool = True
+    classifier_std: float = 0.01
 
     def __init__(self, dim: int, tokens: str = "patches", out_dim: int | None = None) -> None:
         super().__init__()

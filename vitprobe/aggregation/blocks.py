@@ -22,11 +22,12 @@ Vector = Float[Tensor, "batch out"]
 class VJepa(Queried):
     """V-JEPA's attentive probe: a learned query attends to the layer-normed tokens, then an MLP; both with residuals.
 
-    12·D² + 14·D parameters.
+    12·D² + 14·D parameters. Published: V-JEPA's `AttentivePooler`, with efficient-probing's 16 heads (its own default
+    is 12).
     """
 
     def __init__(self, dim: int, *, tokens: str = "patches", heads: int = 16) -> None:
-        super().__init__(dim, tokens, QueryAttention(dim, heads))
+        super().__init__(dim, tokens, QueryAttention(dim, heads, ["q", "kv"]))
         self.norm, self.mlp_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mlp = mlp(dim)
         nn.init.trunc_normal_(self.query, std=0.02)
@@ -42,14 +43,15 @@ class VJepa(Queried):
 
     def project(self, sums: Sums) -> Vector:
         """The query, what the attention adds to it, what the MLP adds to that."""
-        vector = self.query + super().project(sums)
+        vector = self.query.flatten() + super().project(sums)
         return vector + self.mlp(self.mlp_norm(vector))
 
 
 class Cait(Queried):
     """CaiT's class attention (Touvron et al., arXiv 2103.17239): a learned [cls] attends to itself and the tokens.
 
-    One block with LayerScale and an MLP, and a LayerNorm at its end: 12·D² + 18·D parameters.
+    One block with LayerScale and an MLP, and a LayerNorm at its end: 12·D² + 18·D parameters. Published:
+    efficient-probing's `CAPooling`: CaiT's block, but one instead of two.
     """
 
     def __init__(self, dim: int, *, tokens: str = "patches", heads: int = 4, scale: float = 1e-5) -> None:
@@ -61,21 +63,23 @@ class Cait(Queried):
 
     def keys(self, batch: TokenBatch) -> Tokens:
         """The learned [cls] and the tokens, after a LayerNorm."""
-        own = self.query.expand(len(batch), 1, -1)
+        own = self.query.expand(len(batch), -1, -1)
         return Tokens(self.norm(torch.cat([own, batch.read(self.tokens)], dim=1)))
 
     def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
         """The weights of each head."""
-        return self.attention.weights(self.norm(self.query), keys)
+        return self.attention.weights(self.norm(self.query).flatten(), keys)
 
     def project(self, sums: Sums) -> Vector:
         """The learned [cls] with what attention and MLP add, normed."""
-        vector = self.query + self.scale * super().project(sums)
+        vector = self.query.flatten() + self.scale * super().project(sums)
         return self.end_norm(vector + self.mlp_scale * self.mlp(self.mlp_norm(vector)))
 
 
 class VitBlock(Aggregator):
     """One more ViT block on the tokens, then their mean: 12·D² + 10·D parameters (q, k and v without biases).
+
+    Published: efficient-probing's `DinoViTBlockPooling`, DINOv2's block without LayerScale.
 
     Args:
         dim: D, numbers a token.

@@ -17,12 +17,13 @@ Weights = Float[Tensor, "batch query patch"]
 class Cbam(Aggregator):
     """CBAM (Woo et al., arXiv 1807.06521): a gate a channel, a gate a patch, the patches added again, ReLU, mean.
 
-    D²/8 + 100 parameters.
+    D²/8 + 100 parameters. Published: timm's CBAM, as efficient-probing's `poolings/cbam.py` uses it. Its 1×1
+    convolutions are linear layers here: the same numbers. Not as there: the grid need not be square.
     """
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim)
-        hidden = max(1, round(dim / 16))
+        hidden = max(1, int(dim / 16 + 0.5))
         self.channel = nn.Sequential(nn.Linear(dim, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, dim, bias=False))
         self.spatial = nn.Sequential(nn.Conv2d(2, 1, 7, padding=3, bias=False), nn.BatchNorm2d(1))
 
@@ -47,7 +48,8 @@ class Cbam(Aggregator):
 class Dolg(Aggregator):
     """DOLG's local branch (Yang et al., arXiv 2108.02927): projected tokens of length 1, weighted, mean.
 
-    D² + 4·D + 1 parameters.
+    D² + 4·D + 1 parameters. Published: efficient-probing's `poolings/dolg/dolg.py`, without atrous pooling. Its 1×1
+    convolutions are linear layers here: the same numbers. Not as there: `_all` works, and the grid need not be square.
     """
 
     def __init__(self, dim: int, *, tokens: str = "patches") -> None:

@@ -23,7 +23,8 @@ Vector = Float[Tensor, "batch out"]
 class Clip(WeightedPool):
     """CLIP's attention pool: the mean of the layer-normed tokens attends to itself and to them, each with a position.
 
-    4·D² + (N + 7)·D parameters for N tokens.
+    4·D² + (N + 7)·D parameters for N tokens. Published: efficient-probing's `poolings/clip/attention_pool2d.py`,
+    which adds a LayerNorm to timm's `AttentionPool2d`. Not as there: the grid need not be square, and `_all` works.
 
     Args:
         dim: D, numbers a token.
@@ -38,12 +39,11 @@ class Clip(WeightedPool):
             raise UserError("clip learns a position for each token: say how many there are, with layout=")
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.position = nn.Parameter(torch.empty(1 + self.needs_cls + layout.num_patches, dim))
-        self.attention = QueryAttention(dim, heads)
-        narrow = [self.position, *(getattr(self.attention, name).weight for name in ("query", "key", "value"))]
-        for parameter in narrow:
+        self.attention = QueryAttention(dim, heads, ["qkv"])
+        linear = self.attention.linear("qkv")
+        for parameter in (self.position, linear.weight):
             nn.init.trunc_normal_(parameter, std=dim**-0.5)
-        for name in ("query", "key", "value"):
-            nn.init.zeros_(getattr(self.attention, name).bias)
+        nn.init.zeros_(linear.bias)
 
     def keys(self, batch: TokenBatch) -> Tokens:
         """The mean, then the tokens, each with its position."""
@@ -67,12 +67,15 @@ class Clip(WeightedPool):
 class Siglip(Queried):
     """SigLIP's pooling head: a learned query over the raw tokens, and an MLP with a residual but no norm before it.
 
-    12·D² + 10·D parameters.
+    12·D² + 10·D parameters. Published: timm's `AttentionPoolLatent` with its defaults, as efficient-probing uses it.
+    Its query is drawn from a normal distribution cut at two deviations of 1/√D, so its own deviation is 0.88/√D. The
+    head inside SigLIP models differs: it has a LayerNorm before the MLP and draws with Xavier's rule.
     """
 
     def __init__(self, dim: int, *, tokens: str = "patches", heads: int = 8) -> None:
-        super().__init__(dim, tokens, QueryAttention(dim, heads))
-        nn.init.trunc_normal_(self.query, std=dim**-0.5)
+        super().__init__(dim, tokens, QueryAttention(dim, heads, ["q", "kv"]))
+        std = dim**-0.5
+        nn.init.trunc_normal_(self.query, std=std, a=-2 * std, b=2 * std)
         self.mlp = mlp(dim)
 
     def project(self, sums: Sums) -> Vector:
@@ -84,8 +87,9 @@ class Siglip(Queried):
 class Coca(WeightedPool):
     """CoCa's attentional pooler: learned queries, several heads of them for one head of keys and values.
 
-    196·D + 1153·D parameters. As in the released code only the first query is ever read. The others are kept for
-    their share in the norm that LARS divides by; `queries=1` is the same function without them.
+    196·D + 1153·D parameters. Published: `CrossAttention` of coca-pytorch, as efficient-probing uses it. As there,
+    only the first query is ever read. The others are kept for their share in the norm that LARS divides by;
+    `queries=1` is the same function without them.
 
     Args:
         dim: D, numbers a token.
@@ -104,15 +108,15 @@ class Coca(WeightedPool):
         self.queries = nn.Parameter(torch.randn(queries, dim))
         self.norm = nn.LayerNorm(dim, bias=False)
         self.query = nn.Linear(dim, heads * head_dim, bias=False)
-        self.key, self.value = (nn.Linear(dim, head_dim, bias=False) for _ in range(2))
+        self.key_value = nn.Linear(dim, 2 * head_dim, bias=False)
         self.out = nn.Linear(heads * head_dim, dim, bias=False)
         self.head_dim = head_dim
 
     def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
         """The weights of each head of the first query."""
         query = self.query(self.norm(self.queries[0])).view(-1, self.head_dim) / self.head_dim**0.5
-        return keys.products(query @ self.key.weight).softmax(dim=-1)
+        return keys.products(query @ self.key_value.weight[: self.head_dim]).softmax(dim=-1)
 
     def project(self, sums: Sums) -> Vector:
         """The values of all heads, joined and projected."""
-        return self.out(self.value(sums).flatten(1))
+        return self.out((sums @ self.key_value.weight[self.head_dim :].T).flatten(1))

@@ -21,7 +21,8 @@ Vector = Float[Tensor, "batch out"]
 class EfficientProbing(WeightedPool):
     """EP: Q learned queries weigh the raw tokens; query q gives the q-th group of channels of the projected sum.
 
-    D²/d_out + Q·D parameters.
+    D²/d_out + Q·D parameters. Published: efficient-probing's `poolings/ep.py`, of which this is the same function.
+    (Its text speaks of averaged queries and of values as they are; its code does what is done here.)
 
     Args:
         dim: D, numbers a token.
@@ -48,6 +49,8 @@ class EfficientProbing(WeightedPool):
 class Queried(WeightedPool):
     """One learned query's multi-head attention over the tokens.
 
+    The query is `(1, 1, D)`, as in the published modules, so that LARS scales its steps.
+
     Args:
         dim: D, numbers a token.
         tokens: "patches" or "all".
@@ -56,12 +59,12 @@ class Queried(WeightedPool):
 
     def __init__(self, dim: int, tokens: str, attention: QueryAttention) -> None:
         super().__init__(dim, tokens)
-        self.query = nn.Parameter(0.02 * torch.randn(dim))
+        self.query = nn.Parameter(0.02 * torch.randn(1, 1, dim))
         self.attention = attention
 
     def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
         """The weights of each head."""
-        return self.attention.weights(self.query, keys)
+        return self.attention.weights(self.query.flatten(), keys)
 
     def project(self, sums: Sums) -> Vector:
         """What the attention gives."""
@@ -71,22 +74,37 @@ class Queried(WeightedPool):
 class Capi(Queried):
     """CAPI's probe: a learned query over the raw tokens: 2·D² + 3·D parameters.
 
+    Published: `AttnPoolClassifier` of CAPI's `eval_classification.py`. Its query is `(D,)`, and its classifier reads
+    the vector without batch normalisation. Not as there: a width that is no multiple of 64 is allowed.
+
     Args:
         dim: D, numbers a token.
         tokens: "patches" or "all".
         heads: heads; 0 for one for 64 channels.
     """
 
+    normalised = False
+    classifier_std = 0.02
+
     def __init__(self, dim: int, *, tokens: str = "patches", heads: int = 0) -> None:
         heads = heads or max(1, dim // 64)
-        super().__init__(dim, tokens, QueryAttention(dim, heads, biases="kv", query=False, out=False))
+        super().__init__(dim, tokens, QueryAttention(dim, heads, ["kv"], out=False))
+        self.query = nn.Parameter(torch.empty(dim))
+        linear = self.attention.linear("kv")
+        for weight in (self.query, linear.weight):
+            nn.init.trunc_normal_(weight, std=0.02)
+        nn.init.zeros_(linear.bias)
 
 
 class Aim(Queried):
-    """AIM's probe: a learned query over tokens normalised over the batch: 2·D² + D parameters."""
+    """AIM's probe: a learned query over tokens normalised over the batch: 2·D² + D parameters.
+
+    Published: efficient-probing's `poolings/aim.py`, with its 16 heads and its batch normalisation before the
+    classifier; AIM's own release has 12 heads and none.
+    """
 
     def __init__(self, dim: int, *, tokens: str = "patches", heads: int = 16) -> None:
-        super().__init__(dim, tokens, QueryAttention(dim, heads, biases="", query=False, out=False))
+        super().__init__(dim, tokens, QueryAttention(dim, heads, ["k", "v"], bias=False, out=False))
         self.norm = TokenNorm(dim)
 
     def keys(self, batch: TokenBatch) -> Tokens:
@@ -97,13 +115,14 @@ class Aim(Queried):
 class Cae(Queried):
     """CAE's probe: a query, at first zero, over tokens, layer-normalised apart as keys and values.
 
-    4·D² + 10·D parameters, with biases of q and v (k has none) and a projection after.
+    4·D² + 10·D parameters: q, k and v without biases, a projection with one. Published: efficient-probing's
+    `poolings/cae_att.py`. As there, a fourth LayerNorm (2·D of the parameters) is never read.
     """
 
     def __init__(self, dim: int, *, tokens: str = "patches", heads: int = 8) -> None:
-        super().__init__(dim, tokens, QueryAttention(dim, heads, biases="qv"))
+        super().__init__(dim, tokens, QueryAttention(dim, heads, bias=False))
         nn.init.zeros_(self.query)
-        self.query_norm, self.key_norm, self.value_norm = (nn.LayerNorm(dim) for _ in range(3))
+        self.query_norm, self.key_norm, self.value_norm, self.unread_norm = (nn.LayerNorm(dim) for _ in range(4))
 
     def keys(self, batch: TokenBatch) -> Tokens:
         """The tokens after the norm of keys."""
@@ -115,13 +134,13 @@ class Cae(Queried):
 
     def token_weights(self, batch: TokenBatch, keys: Tokens) -> Weights:
         """The weights of each head."""
-        return self.attention.weights(self.query_norm(self.query), keys)
+        return self.attention.weights(self.query_norm(self.query).flatten(), keys)
 
 
 class SimPool(WeightedPool):
     """SimPool (Psomas et al., arXiv 2309.06891): the mean of the tokens is the query, one head, values as they are.
 
-    2·D² + 2·D parameters.
+    2·D² + 2·D parameters. Published: efficient-probing's `poolings/simpool.py`, with its defaults (no exponent).
     """
 
     def __init__(self, dim: int, *, tokens: str = "patches") -> None:

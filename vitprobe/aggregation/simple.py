@@ -88,7 +88,11 @@ class Gem(Aggregator):
 
 
 class Center(WeightedPool):
-    """The mean of the `size × size` patches in the middle of the grid; if need be, half a patch up or left."""
+    """The mean of the `size × size` patches in the middle of the grid; if need be, half a patch up or left.
+
+    Published: `cp1` to `cp4` of beyond_cls. Not as there: the grid need not be square, and on a side of an odd number
+    of patches an odd window lies in the middle (the script's lies one patch up and left).
+    """
 
     def __init__(self, dim: int, size: int) -> None:
         super().__init__(dim)

@@ -111,8 +111,9 @@ def command(
 
 def _worth_drawing(found: list[Verification]) -> list[str]:
     """The aggregators of a figure: the paper's and EP where every model has one of them, else what all models have."""
-    of_each = [[result.name.partition("@")[0] for result in verification.results] for verification in found]
-    baselines = {str(over).partition("@")[0] for verification in found for over in verification.table()["gain_over"]}
+    of_each = [[result.aggregator for result in verification.results] for verification in found]
+    tables = [verification.table() for verification in found]
+    baselines = {name for table in tables for name in table["aggregator"][table["label"].isin(table["gain_over"])]}
     common = [name for name in dict.fromkeys(of_each[0]) if all(name in names for names in of_each)]
     return [name for name in SELECTIVE if name in common] or [name for name in common if name not in baselines]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -47,7 +46,7 @@ class VerificationLike(Protocol):
         ...
 
     def table(self, measure: str = "top1") -> pd.DataFrame:
-        """Rows of aggregator, accuracy, ci_low, ci_high, gain, gain_ci_low, gain_ci_high, gain_over, seeds, …."""
+        """Rows of label, aggregator, block, norm, accuracy, ci_low, ci_high, gain, gain_ci_low, …, gain_over, seeds."""
         ...
 
 
@@ -73,7 +72,7 @@ def selective_aggregation(
 
     Args:
         verifications: one verification or several.
-        aggregators: one more bar each; names as in the tables, or without a place (`abmilp`): the deepest block's then,
+        aggregators: one more bar each; labels of the tables, or without a place (`abmilp`): the deepest block's then,
             without the final norm if there is a choice. The default is the paper's, and not the best one of the table:
             that would be selected on the test images.
         ax: axes to draw on; a new figure, as wide as its models ask for, without. The legend stands under the axes, so
@@ -120,13 +119,13 @@ def _as_list(given: object) -> list[VerificationLike]:
 
 def _read_group(name: str, verification: VerificationLike, aggregators: Sequence[str]) -> _Group | str:
     """The bars of one model, or why it has none."""
-    rows = {row["aggregator"]: row for row in verification.table().to_dict("records")}
+    rows = {row["label"]: row for row in verification.table().to_dict("records")}
     chosen = []
     for aggregator in aggregators:
-        place = _deepest(aggregator, list(rows))
-        if place is None:
+        row = _deepest(aggregator, rows)
+        if row is None:
             return f"has no {aggregator}, but {', '.join(map(str, rows))}"
-        chosen.append(rows[place])
+        chosen.append(row)
     baselines = {row["gain_over"] for row in chosen}
     if len(baselines) > 1:
         return f"gains are over different baselines: {', '.join(sorted(map(str, baselines)))}"
@@ -134,15 +133,12 @@ def _read_group(name: str, verification: VerificationLike, aggregators: Sequence
     return "has neither cls nor gap" if baseline is None else _Group(name, verification.paradigm, [baseline, *chosen])
 
 
-def _deepest(aggregator: str, names: Sequence[str]) -> str | None:
-    """The result of this name, or that of the deepest place at which this aggregator was read."""
-    places = [name for name in names if aggregator in (name, name.partition("@")[0])]
-    return max(places, key=lambda name: (_block(name), "+norm" not in name), default=None)
-
-
-def _block(name: str) -> int:
-    found = re.search(r"@block(\d+)", name)
-    return int(found[1]) if found else -1
+def _deepest(aggregator: str, rows: Mapping[Any, dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of this label, or that of the deepest place at which this aggregator was read."""
+    if aggregator in rows:
+        return rows[aggregator]
+    places = [row for row in rows.values() if row["aggregator"] == aggregator]
+    return max(places, key=lambda row: (row["block"], not row["norm"]), default=None)
 
 
 def _draw(ax: Axes, groups: Sequence[_Group], aggregators: Sequence[str], notes: Sequence[str], own: bool) -> None:
@@ -189,7 +185,7 @@ def _label(group: _Group, room: float) -> str:
 
 
 def _is_cls(group: _Group) -> bool:
-    return group.rows[0]["aggregator"].partition("@")[0] == "cls"
+    return group.rows[0]["aggregator"] == "cls"
 
 
 def _baselines(groups: Sequence[_Group]) -> str:
@@ -200,7 +196,7 @@ def _notes(several: Sequence[VerificationLike], groups: Sequence[_Group], missin
     """What a reader must know: what lines and numbers are, and what they are conditional on."""
     data, protocols = ("; ".join(dict.fromkeys(getattr(v, what) for v in several)) for what in ("data", "protocol"))
     varied = "test images" + (" and seeds" if any(group.rows[0]["seeds"] > 1 for group in groups) else "")
-    last = groups[0].rows[-1]["aggregator"].partition("@")[0]
+    last = groups[0].rows[-1]["aggregator"]
     notes = [
         f"lines: 95 % intervals over {varied}; under the names: paired gain of {last} in points, with its interval",
         f"conditional on these backbone weights; {data}, protocol {protocols}",

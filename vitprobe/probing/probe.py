@@ -44,11 +44,14 @@ class ProbeSpec:
 class Probe(nn.Module):
     """From tokens to class scores: aggregator, batch normalisation without gain and bias, linear classifier.
 
+    An aggregator whose published probe has no batch normalisation (CAPI's) goes without.
+
     Args:
         aggregator: from tokens to one vector.
         num_classes: classes.
-        init: of the classifier: "trunc_normal" draws weights with a deviation of 0.01 and sets biases to 0, as MAE's
-            linear probe does; "default" is torch's own, which the paper's released code uses.
+        init: of the classifier: "trunc_normal" draws weights with the aggregator's `classifier_std` (0.01 as in MAE's
+            linear probe, 0.02 for CAPI's) and sets biases to 0; "default" is torch's own, which the paper's released
+            code uses.
         norm: another probe's normalisation, to be shared; its own without.
     """
 
@@ -57,10 +60,13 @@ class Probe(nn.Module):
     ) -> None:
         super().__init__()
         self.aggregator = aggregator
-        self.norm = nn.BatchNorm1d(aggregator.out_dim, affine=False, eps=1e-6) if norm is None else norm
+        if norm is None:
+            normalised = aggregator.normalised
+            norm = nn.BatchNorm1d(aggregator.out_dim, affine=False, eps=1e-6) if normalised else nn.Identity()
+        self.norm = norm
         self.head = nn.Linear(aggregator.out_dim, num_classes)
         if init == "trunc_normal":
-            nn.init.trunc_normal_(self.head.weight, std=0.01)
+            nn.init.trunc_normal_(self.head.weight, std=aggregator.classifier_std)
             nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: TokenBatch) -> Float[Tensor, "batch classes"]:
@@ -68,5 +74,5 @@ class Probe(nn.Module):
         return self.head(self.vector(batch))
 
     def vector(self, batch: TokenBatch) -> Float[Tensor, "batch out_dim"]:
-        """What the classifier reads: the aggregated tokens, normalised; `(B, out_dim)`."""
+        """What the classifier reads: the aggregated tokens, normalised as published; `(B, out_dim)`."""
         return self.norm(self.aggregator(batch))

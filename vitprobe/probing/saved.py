@@ -27,6 +27,7 @@ from vitprobe.models.loading import load_model
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
+from vitprobe.profile.manifest import package_version
 
 FOLDER, FILES = "probes", "*@block*-seed*.safetensors"
 _KEY, _VERSION = "vitprobe_probe", 1
@@ -115,6 +116,7 @@ def save_probe(
     """Write one probe as safetensors into a run's folder, with all that `load_probe` needs; its path."""
     words = {
         "version": _VERSION,
+        "vitprobe": package_version("vitprobe"),
         "spec": asdict(spec),
         "dim": dim,
         "classes": list(classes),
@@ -156,7 +158,10 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
     try:
         probe.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{path} lacks weights of its own probe, or has others ({type(error).__name__})") from None
+        older = "" if "vitprobe" in words else "; an older vitprobe wrote it: train it again with vitprobe verify"
+        raise UserError(
+            f"{path} lacks weights of its own probe, or has others ({type(error).__name__}){older}"
+        ) from None
     about = {"protocol": words["protocol"], "data": words["data"]}
     dtype = words["forward_dtype"]
     return LoadedProbe(loaded, probe.requires_grad_(False).eval(), spec, tuple(words["classes"]), about, dtype)

@@ -21,6 +21,7 @@ from vitprobe.errors import UserError
 from vitprobe.files import disk_errors, write_atomically
 from vitprobe.probing.resampling import METHOD, Interval, Resample, holm, resample
 from vitprobe.probing.scores import mean_per_class
+from vitprobe.probing.tap import Tap
 from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
 
 KIND = "verification"  # what a manifest says that is of no profile
@@ -37,7 +38,7 @@ class Result:
     """One aggregator, read at one place, on the test images.
 
     Attributes:
-        name: `<aggregator>@<tap>`, as in `abmilp@block11`.
+        name: the label `<aggregator>@<tap>`, as in `abmilp@block11+norm`.
         parameters: trained numbers of the aggregator, without the classifier.
         hyperparameters: what was selected on the held-out slice, ready for JSON.
         top1: whether it was right, with each seed, on each image.
@@ -49,6 +50,16 @@ class Result:
     hyperparameters: Mapping[str, Any]
     top1: Bool[np.ndarray, "seed image"]
     top5: Bool[np.ndarray, "seed image"]
+
+    @property
+    def aggregator(self) -> str:
+        """The aggregator's name, with its options."""
+        return self.name.rpartition("@")[0]
+
+    @property
+    def tap(self) -> Tap:
+        """Where the tokens were read."""
+        return Tap.parse(self.name.rpartition("@")[2])
 
 
 class Verification:
@@ -127,11 +138,13 @@ class Verification:
     def table(self, measure: str = "top1") -> pd.DataFrame:
         """The results, tidy: a row a result, in the order in which they were asked for.
 
-        Columns: aggregator (with the place it reads), parameters (of the aggregator, without the classifier), accuracy
+        Columns: label (aggregator and place, as in `abmilp@block11+norm`), aggregator, block (its number), norm
+        (whether the model's final norm was applied), parameters (of the aggregator, without the classifier), accuracy
         (a share), ci_low, ci_high (95 %), gain, gain_ci_low, gain_ci_high (paired, over [cls] at the same place, or
-        over gap where there is none; NaN without either), top5, mean_per_class, gain_over (what gains are over),
-        p_value (two-sided, of no gain), p_holm (adjusted for all gains of the table), seeds, images, one column a
-        selected hyperparameter, model, weights (the first digits of their sha256: all numbers are conditional on them).
+        over gap where there is none; NaN without either), top5, mean_per_class, gain_over (label of what gains are
+        over), p_value (two-sided, of no gain), p_holm (adjusted for all gains of the table), seeds, images, one column
+        per selected hyperparameter, model, weights (the first digits of their sha256: all numbers are conditional on
+        them).
 
         Args:
             measure: what accuracy and gain are of: "top1", "top5" or "mean_per_class".
@@ -141,7 +154,7 @@ class Verification:
         """
         drawn = self._resample(measure)
         accuracy = drawn.accuracies()
-        baselines = [self._baseline(result.name) for result in self.results]
+        baselines = [self._baseline(result) for result in self.results]
         known = [row for row, baseline in enumerate(baselines) if baseline is not None]
         gain = _rows(drawn.differences(known, [b for b in baselines if b is not None]), known, len(self.results))
         itself = [row for row, baseline in enumerate(baselines) if row == baseline]
@@ -149,7 +162,10 @@ class Verification:
         gain.p_value[itself] = np.nan
         table = pd.DataFrame(
             {
-                "aggregator": [result.name for result in self.results],
+                "label": [result.name for result in self.results],
+                "aggregator": [result.aggregator for result in self.results],
+                "block": [result.tap.block for result in self.results],
+                "norm": [result.tap.norm for result in self.results],
                 "parameters": [result.parameters for result in self.results],
                 "accuracy": accuracy.value,
                 "ci_low": accuracy.low,
@@ -171,11 +187,10 @@ class Verification:
         table["model"], table["weights"] = self.name, self.manifest["model"]["weights_sha256"][:12]
         return table
 
-    def _baseline(self, name: str) -> int | None:
+    def _baseline(self, result: Result) -> int | None:
         """The position of the result that a gain is over: at the same place, so that it is the aggregator's alone."""
-        place = name.partition("@")[1:]
-        names = [result.name for result in self.results]
-        wanted = ["".join((baseline, *place)) for baseline in BASELINES]
+        names = [other.name for other in self.results]
+        wanted = [f"{baseline}@{result.tap}" for baseline in BASELINES]
         return next((names.index(baseline) for baseline in wanted if baseline in names), None)
 
     def differences(self, measure: str = "top1") -> pd.DataFrame:
@@ -282,12 +297,12 @@ class Verification:
                 ("+", 100 * table[["gain", "gain_ci_low", "gain_ci_high"]].to_numpy(float)),
             )
         ]
-        is_baseline = (table["aggregator"] == table["gain_over"]).to_numpy() | table["gain"].isna().to_numpy()
+        is_baseline = (table["label"] == table["gain_over"]).to_numpy() | table["gain"].isna().to_numpy()
         gains = ["–" if without else words for without, words in zip(is_baseline, intervals[1], strict=True)]
         p_holm = ["–" if np.isnan(value) else f"{value:.2g}" for value in table["p_holm"]]
         return pd.DataFrame(
             {
-                "aggregator": table["aggregator"],
+                "aggregator": table["label"],
                 "parameters": table["parameters"].map("{:,}".format),
                 "accuracy, % [95 %]": intervals[0],
                 "gain, points [95 %]": gains,
