@@ -1,0 +1,81 @@
+"""Which of several lists of blocks a model runs on images, found by running it once on noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitprobe.models.anatomy.parts import Size, first_tensor, pair, run_eagerly
+
+
+class Watched:
+    """A list of blocks and what feeds it.
+
+    Attributes:
+        first: its first block.
+        embedding: the part that takes the images.
+        began: the number of the call of `first` among all calls watched; None where it did not run.
+        takes: height and width of what entered the embedding.
+    """
+
+    def __init__(self, first: nn.Module, embedding: nn.Module) -> None:
+        self.first, self.embedding = first, embedding
+        self.began: int | None = None
+        self.takes: Size | None = None
+
+
+def run_once(module: nn.Module, images: Tensor, watched: Sequence[Watched]) -> None:
+    """Run a model on images, in eval mode and without gradients, and note which of the lists run; it stays as it was.
+
+    A pass that raises has shown what ran before.
+    """
+    calls = 0
+
+    def begins(each: Watched) -> Any:
+        def hook(part: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal calls
+            calls += 1
+            each.began = calls if each.began is None else each.began
+
+        return hook
+
+    def enters(each: Watched) -> Any:
+        def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            entering = first_tensor((*args, *kwargs.values()))
+            if entering is not None and entering.ndim == 4 and each.takes is None:
+                each.takes = pair(entering.shape[-2:])
+
+        return hook
+
+    with ExitStack() as stack:
+        for each in watched:
+            stack.callback(each.first.register_forward_pre_hook(begins(each)).remove)
+            stack.callback(each.embedding.register_forward_pre_hook(enters(each), with_kwargs=True).remove)
+        run_eagerly(stack)
+        stack.enter_context(_evaluating(module))
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(suppress(Exception))  # of the model's own code: what ran before it was seen
+        module(images)
+
+
+def noise_for(module: nn.Module, channels: int, size: Size) -> Tensor:
+    """A batch of one image of noise, where a model's weights are and of their precision."""
+    weight = next((each for each in module.parameters() if each.is_floating_point()), torch.zeros(()))
+    noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    return noise.to(weight.device, weight.dtype)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Any:
+    modes = {part: part.training for part in module.modules()}
+    try:
+        module.eval()
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
