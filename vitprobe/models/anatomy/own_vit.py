@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError
-from vitprobe.models.anatomy.block_lists import block_lists, opened
+from vitprobe.models.anatomy.block_lists import block_lists
 from vitprobe.models.anatomy.parts import Anatomy, Size, pair, read_images
 from vitprobe.models.tokens import TokenLayout
 
@@ -44,7 +44,7 @@ def recognise(
         AttentionNotSeenError: where no blocks or no patch size are found; says what to write.
     """
     name = type(module).__name__
-    found = opened(blocks) if blocks is not None else next((each.blocks for each in block_lists(module)), ())
+    found = list(blocks) if blocks is not None else next((each.blocks for each in block_lists(module)), ())
     if not found:
         raise AttentionNotSeenError(
             f"no list of alike transformer blocks was found in {name}, so there is no attention to capture; if it has "
