@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.anatomy.normalizing import find_normalizer
 from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.building import ImageSize
 from vitprobe.models.entries import ModelSpec
@@ -61,8 +62,31 @@ def finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Ana
     """
     _require_finite(module, spec.name)
     anatomy = anatomy or find_anatomy(module)
-    transform = model_transform(module, img_size=img_size or anatomy.image_size)
-    return LoadedModel(module, anatomy.layout(transform.size), transform, spec, anatomy)
+    anatomy = replace(anatomy, normalizer=find_normalizer(anatomy))
+    transform = _transform(anatomy, "model", img_size or anatomy.image_size)
+    remarks = (*anatomy.remarks, *_lines(transform.remark))
+    return LoadedModel(module, anatomy.layout(transform.size), transform, spec, anatomy, remarks)
+
+
+def with_transform(model: LoadedModel, mode: str, img_size: ImageSize) -> LoadedModel:
+    """The model with another transform, and with the remark that belongs to it.
+
+    Args:
+        model: the model.
+        mode: "model" or "paper" (see `model_transform`).
+        img_size: pixels of its images, a side or (height, width).
+    """
+    transform = _transform(model.anatomy, mode, img_size)
+    remarks = (*(line for line in model.remarks if line != model.transform.remark), *_lines(transform.remark))
+    return replace(model, layout=model.anatomy.layout(transform.size), transform=transform, remarks=remarks)
+
+
+def _transform(anatomy: Anatomy, mode: str, img_size: ImageSize) -> ImageTransform:
+    return model_transform(anatomy.lineage or anatomy.module, mode, img_size, anatomy.normalizer)
+
+
+def _lines(remark: str) -> tuple[str, ...]:
+    return (remark,) if remark else ()
 
 
 def _require_finite(module: nn.Module, name: str) -> None:

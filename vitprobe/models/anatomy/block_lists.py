@@ -46,9 +46,8 @@ class BlockList:
 
 def block_lists(module: nn.Module) -> list[BlockList]:
     """Every list of alike blocks in a module that lies in no other such list, the likeliest first."""
-    lists = {
-        path: list(part) for path, part in module.named_modules() if isinstance(part, _CONTAINERS) and _alike(list(part))
-    }
+    containers = ((path, part) for path, part in module.named_modules() if isinstance(part, _CONTAINERS))
+    lists = {path: list(part) for path, part in containers if _alike(list(part))}
     outermost = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists if other != path)]
     if "" in lists:
         outermost = [""]
@@ -57,14 +56,13 @@ def block_lists(module: nn.Module) -> list[BlockList]:
 
 
 def likely(lists: Sequence[BlockList], names: Sequence[str]) -> list[int]:
-    """Numbers of the lists that can be an image encoder's, by their classes and `names`; all where none differs.
+    """Numbers of the lists that can be an image encoder's, by their classes and their paths, the `names`.
 
     Lists whose blocks name attention outrank those that do not, and decoders, text towers and heads come last.
     """
     kept = list(range(len(lists)))
-    for better in (lambda i: lists[i].attends, lambda i: not _words(names[i]) & _NOT_THE_ENCODER):
-        kept = [number for number in kept if better(number)] or kept
-    return kept
+    kept = [number for number in kept if lists[number].attends] or kept
+    return [number for number in kept if not _words(names[number]) & _NOT_THE_ENCODER] or kept
 
 
 def opened(blocks: Sequence[nn.Module]) -> list[nn.Module]:

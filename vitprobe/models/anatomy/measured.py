@@ -55,18 +55,38 @@ def run_once(module: nn.Module, images: Tensor, watched: Sequence[Watched]) -> N
         for each in watched:
             stack.callback(each.first.register_forward_pre_hook(begins(each)).remove)
             stack.callback(each.embedding.register_forward_pre_hook(enters(each), with_kwargs=True).remove)
-        run_eagerly(stack)
-        stack.enter_context(_evaluating(module))
-        stack.enter_context(torch.random.fork_rng(devices=[]))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(suppress(Exception))  # of the model's own code: what ran before it was seen
+        run_on(module, images, stack)
+
+
+def entering(module: nn.Module, images: Tensor, part: nn.Module) -> Tensor | None:
+    """What enters a part of a model first when it runs on images, as `run_once` runs it; None where nothing does."""
+    seen: list[Tensor] = []
+
+    def hook(part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        came = first_tensor((*args, *kwargs.values()))
+        if came is not None:
+            seen.append(came.detach().clone())
+
+    with ExitStack() as stack:
+        stack.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        run_on(module, images, stack)
+    return seen[0] if seen else None
+
+
+def run_on(module: nn.Module, images: Tensor, stack: ExitStack) -> None:
+    """Run a model on images, in eval mode, uncompiled, without gradients or an error, until the stack ends."""
+    run_eagerly(stack)
+    stack.enter_context(_evaluating(module))
+    stack.enter_context(torch.random.fork_rng(devices=[]))
+    stack.enter_context(torch.no_grad())
+    with suppress(Exception):  # of the model's own code: what ran before it was seen
         module(images)
 
 
-def noise_for(module: nn.Module, channels: int, size: Size) -> Tensor:
-    """A batch of one image of noise, where a model's weights are and of their precision."""
+def noise_for(module: nn.Module, channels: int, size: Size, batch: int = 1) -> Tensor:
+    """A batch of images of noise, where a model's weights are and of their precision."""
     weight = next((each for each in module.parameters() if each.is_floating_point()), torch.zeros(()))
-    noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(batch, channels, *size, generator=torch.Generator().manual_seed(0))
     return noise.to(weight.device, weight.dtype)
 
 

@@ -45,6 +45,7 @@ class Anatomy:
             the model as it was given.
         others: other lists of blocks in the model: an expression for them, and the first block of each.
         remarks: lines that a user must read about how the blocks were chosen.
+        normalizer: the class of a module by which the model normalises its images itself; "" where it does not.
     """
 
     module: nn.Module
@@ -58,6 +59,7 @@ class Anatomy:
     lineage: tuple[nn.Module, ...] = ()
     others: tuple[tuple[str, nn.Module], ...] = ()
     remarks: tuple[str, ...] = ()
+    normalizer: str = ""
 
     @property
     def tower(self) -> nn.Module:
@@ -116,9 +118,8 @@ def run_eagerly(stack: ExitStack) -> None:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The module inside what torch.compile, activation checkpointing or FSDP wraps it in; any other module itself."""
-    while (inner := next((module._modules.get(name) for name in _WRAPPED if name in module._modules), None)) is not None:
-        module = inner
-    return module
+    inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+    return module if inner is None else unwrapped(inner)
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor | None:
