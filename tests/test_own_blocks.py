@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 from torch import Tensor, nn
 
 from helpers import captured, images, message, randomize, state_of
+from made_squares import KNN, squares
 from test_capture_by_hand import Attention, Block, hand_made
 from vitprobe.errors import UserError
 from vitprobe.models.loading import load_model
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
+from vitprobe.probing.verify import verify
 
 DEPTH = 3
 
@@ -107,29 +110,25 @@ class Dictionaries(Whole):
         return super().run(x, (parts["attention"], parts["feed"]))
 
 
-class ListsBeside(Whole):
+class ListsBeside(nn.Module):
     """Norms, attentions and MLPs in a list each."""
 
     def __init__(self) -> None:
-        super().__init__(lambda: [])
-        del self.layers
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 32, 8, 8)
         self.norms1, self.norms2 = (nn.ModuleList(nn.LayerNorm(32) for _ in range(DEPTH)) for _ in range(2))
         self.attentions = nn.ModuleList(Attention(32, 2) for _ in range(DEPTH))
         self.mlps = nn.ModuleList(mlp() for _ in range(DEPTH))
+        self.after: list[Tensor] = []
 
-    @property
-    def layers(self) -> Any:  # type: ignore[override]
-        return zip(self.norms1, self.attentions, self.norms2, self.mlps, strict=True)
-
-    @layers.deleter
-    def layers(self) -> None:
-        del self._modules["layers"]
-
-    @layers.setter
-    def layers(self, value: Any) -> None:
-        raise AttributeError  # nn.Module keeps it instead
-
-    run = NormsApart.run
+    def forward(self, images: Tensor) -> Tensor:
+        self.after.clear()
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)
+        for norm1, attention, norm2, feed in zip(self.norms1, self.attentions, self.norms2, self.mlps, strict=True):
+            x = x + attention(norm1(x))
+            x = x + feed(norm2(x))
+            self.after.append(x)
+        return x.mean(dim=1)
 
 
 class NoForward(nn.Module):
@@ -165,7 +164,7 @@ def multihead() -> list[nn.Module]:
     return [nn.LayerNorm(32), nn.MultiheadAttention(32, 2, batch_first=True), nn.LayerNorm(32), mlp()]
 
 
-MODELS: dict[str, Callable[[], Whole]] = {
+MODELS: dict[str, Callable[[], Any]] = {
     "a pair, pooled without a norm": lambda: Whole(pair),
     "a pair and a final norm": lambda: Whole(pair, nn.LayerNorm(32)),
     "added in place": lambda: InPlace(pair),
@@ -176,12 +175,13 @@ MODELS: dict[str, Callable[[], Whole]] = {
     "torch's multihead attention": lambda: Multihead(multihead),
     "dictionaries of parts": Dictionaries,
     "blocks without a forward pass": Keepers,
+    "a list for each kind of part": ListsBeside,
 }
 
 
-def tokens(model: nn.Module, blocks: Any = range(DEPTH), attention: bool = False, **options: Any) -> dict[int, Tensor]:
+def tokens(model: nn.Module, read: Any = range(DEPTH), attention: bool = False, **options: Any) -> dict[int, Tensor]:
     loaded = load_model(model, **options)
-    with FrozenModel(loaded, [Tap(block) for block in blocks], attention=attention, device="cpu") as frozen:
+    with FrozenModel(loaded, [Tap(block) for block in read], attention=attention, device="cpu") as frozen:
         return {tap.block: batch.tokens for tap, batch in frozen(images(3)).items()}
 
 
@@ -193,11 +193,135 @@ def test_tokens_of_blocks_that_are_parts(name: str) -> None:
         model(images(3))
     expected = list(model.after)
     assert len(captured(model)) == DEPTH
-    for attention in (False, True):
-        for block in range(DEPTH):  # alone, so that the pass may end early
-            torch.testing.assert_close(tokens(model, [block], attention)[block], expected[block], rtol=1e-5, atol=1e-5)
-    found = tokens(model)
-    assert set(found) == set(range(DEPTH))
-    for block in range(DEPTH):
-        torch.testing.assert_close(found[block], expected[block], rtol=1e-5, atol=1e-5)
+    # The first alone, where the pass ends early; the last with its attention; all.
+    for read, attention in (([0], False), ([DEPTH - 1], True), (range(DEPTH), False)):
+        found = tokens(model, read, attention)
+        assert list(found) == list(read)
+        for block in read:
+            torch.testing.assert_close(found[block], expected[block], rtol=1e-5, atol=1e-5)
     assert state_of(model) == before
+
+
+def test_where_the_tokens_leave_the_last_block_may_stay_unknown() -> None:
+    """The model scales what it adds and has no final norm: only what enters the next block can be read."""
+    model = randomize(Scaled(four)).eval()
+    with torch.no_grad():
+        model(images(3))
+    expected = list(model.after)
+    for block in (0, 1):
+        torch.testing.assert_close(tokens(model, [block])[block], expected[block])
+    with pytest.raises(UserError) as error:
+        tokens(model, [2])
+    assert message(error).startswith("the blocks of Scaled are parts whose sum its forward pass makes")
+
+    class Returning(nn.Module):
+        """As the message says: a module that returns the tokens."""
+
+        def __init__(self, parts: Any) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList(parts)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return model.run(x, self.parts)
+
+    blocks = [Returning(parts) for parts in model.layers]
+    mended = nn.Sequential(nn.Conv2d(3, 32, 8, 8), nn.Flatten(2), Transposed(), *blocks)
+    mended[0].load_state_dict(model.proj.state_dict())
+    found = tokens(mended, [2], blocks=blocks, layout=TokenLayout((4, 4), has_cls=False, patch_size=(8, 8)))
+    torch.testing.assert_close(found[2], expected[2])
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class OtherBlock(Block):
+    """Of another class, as the mixture-of-experts blocks of some models are."""
+
+
+class LastBlock(Block):
+    """Of a third class."""
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_blocks_of_several_classes(given: bool) -> None:
+    model = hand_made(depth=3)
+    for number, kind in ((1, OtherBlock), (2, LastBlock)):
+        block = kind(32, 2)
+        block.load_state_dict(model.blocks[number].state_dict())
+        model.blocks[number] = block.eval()
+    plain = hand_made(depth=3)
+    options = {"blocks": list(model.blocks)} if given else {}
+    expected, found = tokens(plain), tokens(model, **options)
+    assert load_model(model, **options).anatomy.blocks == tuple(model.blocks)
+    for block in range(3):
+        torch.testing.assert_close(found[block], expected[block])
+    maps, own = captured(plain).statistics(), captured(model).statistics()
+    assert set(maps) == set(own)
+    torch.testing.assert_close(own["patch_entropy"], maps["patch_entropy"])
+
+
+class AttentionBlock(nn.Module):
+    """Called after attention, and returns the tokens; the model adds to them between blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.feed = PreNorm(Attention(32, 2)), PreNorm(mlp())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        return x + self.feed(x)
+
+
+def test_whole_blocks_are_read_at_their_output() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_embed = nn.Conv2d(3, 32, 8, 8)
+            self.blocks = nn.ModuleList(AttentionBlock() for _ in range(DEPTH))
+            self.pos_embed = nn.Parameter(torch.zeros(1, 16, 32))
+            self.after: list[Tensor] = []
+
+        def forward(self, images: Tensor) -> Tensor:
+            self.after.clear()
+            x = self.patch_embed(images).flatten(2).transpose(1, 2)
+            for block in self.blocks:
+                x = block(x + self.pos_embed)
+                self.after.append(x)
+            return x
+
+    model = randomize(Positions()).eval()
+    with torch.no_grad():
+        model(images(3))
+    expected = list(model.after)
+    for block, found in tokens(model).items():
+        torch.testing.assert_close(found, expected[block])
+
+
+class AsModules(nn.Module):
+    """A `Whole` whose blocks are modules that return the tokens."""
+
+    def __init__(self, model: Whole) -> None:
+        super().__init__()
+        self.proj, self.norm, self.head = model.proj, model.norm, model.head
+        self.blocks = nn.ModuleList(AttentionBlock() for _ in range(DEPTH))
+        for block, (attention, feed) in zip(self.blocks, model.layers, strict=True):
+            block.attention, block.feed = attention, feed
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.proj(images).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(dim=1))
+
+
+def test_verify_of_blocks_that_are_parts_is_that_of_whole_blocks() -> None:
+    model, data = randomize(Whole(pair, nn.LayerNorm(32))).eval(), squares(6, 4)
+    results = [
+        verify(each, data, ["gap"], protocol=KNN, blocks=[0, -1], device="cpu", workers=0, progress=False)
+        for each in (model, AsModules(model).eval())
+    ]
+    first, second = (result.table().drop(columns=["model", "weights"]) for result in results)
+    assert len(first) >= 4  # two blocks, with and without the norm
+    assert_frame_equal(first, second)

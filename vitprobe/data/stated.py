@@ -38,16 +38,16 @@ class StatedImages:
         missing = [key for key in _NAMES if not self.config.get(key)]
         if not missing:
             return ""
+        imagenets = " (ImageNet's)"
         values = {
-            "mean": f"mean {_shown(taken['mean'])}",
-            "std": f"standard deviation {_shown(taken['std'])}",
+            "mean": f"mean {_shown(taken['mean'])}{imagenets}",
+            "std": f"standard deviation {_shown(taken['std'])}{imagenets}",
             "interpolation": f"{taken['interpolation']} interpolation",
-            "crop_pct": f"a crop of {taken['crop_pct']}",
+            "crop_pct": f"a crop of {taken['crop_pct']:g}",
         }
-        default = " (ImageNet's)" if {"mean", "std"} & set(missing) else ""
         return (
             f"{self.model} does not say the {_listed([_NAMES[key] for key in missing])} of its images; assumed: "
-            f"{', '.join(values[key] for key in missing)}{default}; if that is wrong, set model.pretrained_cfg = "
+            f"{', '.join(values[key] for key in missing)}; if that is wrong, set model.pretrained_cfg = "
             f"dict(mean=(…), std=(…), interpolation=…, crop_pct=…) before loading"
         )
 

@@ -18,6 +18,7 @@ from vitprobe.models.anatomy.normalizing import find_normalizer
 from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.building import ImageSize
 from vitprobe.models.entries import ModelSpec
+from vitprobe.models.known import remember
 from vitprobe.models.tokens import TokenLayout
 
 
@@ -63,6 +64,8 @@ def finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Ana
     _require_finite(module, spec.name)
     anatomy = anatomy or find_anatomy(module)
     anatomy = replace(anatomy, normalizer=find_normalizer(anatomy))
+    if spec.source != "module":
+        remember(anatomy.tower, spec)
     transform = _transform(anatomy, "model", img_size or anatomy.image_size)
     remarks = (*anatomy.remarks, *_lines(transform.remark))
     return LoadedModel(module, anatomy.layout(transform.size), transform, spec, anatomy, remarks)

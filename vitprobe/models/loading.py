@@ -34,6 +34,7 @@ from vitprobe.models.from_hub import (
 from vitprobe.models.hub import fetch_official, require_official
 from vitprobe.models.huggingface import PREFIX, require_huggingface
 from vitprobe.models.huggingface_images import describe_preprocessing
+from vitprobe.models.known import recall
 from vitprobe.models.loaded import LoadedModel, finish, random_spec
 from vitprobe.models.official.checks import require_heads
 from vitprobe.models.official.entries import OfficialCheckpoint, find_official
@@ -193,7 +194,7 @@ def _wrap(
         anatomy = loaded.anatomy
     else:
         anatomy = find_anatomy(loaded.module if loaded else model, layout, blocks)  # type: ignore[arg-type]
-    spec = loaded.spec if loaded else spec_of(anatomy.lineage, "", "module")
+    spec = loaded.spec if loaded else recall(anatomy.tower) or spec_of(anatomy.lineage, "", "module")
     if size is not None and size != anatomy.image_size:
         require_size(anatomy, size, spec.name)
         if not anatomy.any_size:

@@ -116,20 +116,25 @@ def _choose(
     runner = runs_alone(lineage) if len({each.tower for each in rivals}) == 1 else _runs_all(lineage)
     ran = [] if runner is None else _running(runner, rivals, layout)
     if len(ran) == 1:
-        others = ", ".join(_spelled(each.paths[0]) for each in rivals if each is not ran[0])
+        others = [each for each in rivals if each is not ran[0]]
+        named = ", ".join(_spelled(each.paths[0]) for each in others)
         return ran[0], (
-            f"{type(module).__name__} has several lists of transformer blocks; its forward pass feeds "
-            f"{_spelled(ran[0].paths[0])}, which is taken (not {others})",
+            f"{type(module).__name__} has several lists of transformer blocks; {_spelled(ran[0].paths[0])} is taken, "
+            f"which its forward pass feeds with the images, not {named} (which {_how_to_choose(others[0], ran[0])} "
+            f"takes)",
         )
     names = ", ".join(f"{_spelled(each.paths[0])} ({len(each.blocks.blocks)})" for each in rivals)
-    first = rivals[0]
-    by_blocks = f"blocks={first.expression}"
-    by_part = f"load_model({_spelled(first.tower.path)})"
-    how = f"{by_part} or {by_blocks}" if first.tower.path and len({each.tower for each in rivals}) > 1 else by_blocks
     raise UserError(
         f"{type(module).__name__} has several lists of transformer blocks that may be meant (and how many): {names}; "
-        f"choose one with {how}"
+        f"choose one, such as the first with {_how_to_choose(rivals[0], rivals[1])}"
     )
+
+
+def _how_to_choose(wanted: _Candidate, other: _Candidate) -> str:
+    """Python that takes one of two candidates: by its part of the model, where that is not the other's too."""
+    if wanted.tower is other.tower:
+        return f"load_model(model, blocks={wanted.expression})"
+    return f"load_model({_spelled(wanted.tower.path)})"
 
 
 def _runs_all(lineage: tuple[nn.Module, ...]) -> nn.Module | None:

@@ -82,7 +82,8 @@ def _of_patches(tower: Any) -> Anatomy:
 
 def from_transformers(module: nn.Module) -> bool:
     """Whether a module's class is of transformers, or derived from one of its classes."""
-    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+    homes = ("transformers.models.", "transformers.modeling_utils")
+    return any(kind.__module__.startswith(homes) for kind in type(module).__mro__)
 
 
 def is_tower(module: nn.Module) -> bool:
