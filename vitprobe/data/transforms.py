@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -45,7 +45,7 @@ class ImageTransform:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    remark: str = ""
+    remark: str = field(default="", compare=False)
 
     @property
     def resize(self) -> tuple[int, int]:

@@ -202,7 +202,7 @@ class Capture:
             return
         unseen = sorted(set(range(len(self))) - (seen or set()))
         if unseen:
-            if seen is not None and self._bystanders.ran:
+            if self._bystanders.ran:
                 raise AttentionNotSeenError(self._bystanders.advice(self._model_name, unseen[0]))
             part = "patch embedding" if seen is None else f"block {unseen[0]}"
             raise AttentionNotSeenError(

@@ -53,12 +53,16 @@ def find_anatomy(
     found = find_towers(lineage, path)
     if blocks is not None:
         return _of_blocks(module, lineage, found.towers, layout, opened(blocks))
-    if not found.towers:
+    towers = found.towers
+    if not towers:
         if found.refusals:
             raise AttentionNotSeenError(found.refusals[0])
         huggingface_vit.recognise(tower)  # which says what a model of transformers takes instead of images
-        return replace(own_vit.recognise(tower, layout), lineage=lineage)
-    candidates = [_Candidate(each, blocks) for each in found.towers for blocks in each.lists]
+        lists = tuple(block_lists(tower))
+        if not lists:
+            own_vit.recognise(tower, layout)  # which says what is missing
+        towers = (Tower(path, lineage, lists, known=False),)  # without a patch embedding that could be recognised
+    candidates = [_Candidate(each, blocks) for each in towers for blocks in each.lists]
     chosen, remarks = _choose(module, lineage, candidates, layout)
     anatomy = _recognise(chosen.tower, chosen.blocks, layout)
     return _placed(anatomy, chosen.tower.lineage, lineage, remarks)
@@ -120,21 +124,23 @@ def _choose(
         named = ", ".join(_spelled(each.paths[0]) for each in others)
         return ran[0], (
             f"{type(module).__name__} has several lists of transformer blocks; {_spelled(ran[0].paths[0])} is taken, "
-            f"which its forward pass feeds with the images, not {named} (which {_how_to_choose(others[0], ran[0])} "
+            f"which its forward pass feeds with the images, not {named} (which {_how_to_choose(others[0], ran[0])[0]} "
             f"takes)",
         )
     names = ", ".join(f"{_spelled(each.paths[0])} ({len(each.blocks.blocks)})" for each in rivals)
+    how = _how_to_choose(rivals[0], rivals[1])
+    if runner is not None and not ran:  # only the part itself is known to run
+        how = how[:1]
     raise UserError(
         f"{type(module).__name__} has several lists of transformer blocks that may be meant (and how many): {names}; "
-        f"choose one, such as the first with {_how_to_choose(rivals[0], rivals[1])}"
+        f"choose one, such as the first with {' or '.join(how)}"
     )
 
 
-def _how_to_choose(wanted: _Candidate, other: _Candidate) -> str:
-    """Python that takes one of two candidates: by its part of the model, where that is not the other's too."""
-    if wanted.tower is other.tower:
-        return f"load_model(model, blocks={wanted.expression})"
-    return f"load_model({_spelled(wanted.tower.path)})"
+def _how_to_choose(wanted: _Candidate, other: _Candidate) -> list[str]:
+    """Python that takes one of two candidates: by its part of the model, where that is not the other's; by blocks."""
+    by_blocks = f"load_model(model, blocks={wanted.expression})"
+    return [by_blocks] if wanted.tower is other.tower else [f"load_model({_spelled(wanted.tower.path)})", by_blocks]
 
 
 def _runs_all(lineage: tuple[nn.Module, ...]) -> nn.Module | None:

@@ -59,9 +59,6 @@ def find_towers(lineage: Sequence[nn.Module], path: str = "") -> Found:
     """
     search = _Search()
     towers = search.towers(tuple(lineage), path)
-    if not towers and not search.refusals:  # no patch embedding that could be recognised: the whole model
-        lists = block_lists(lineage[0])
-        towers = [Tower(path, tuple(lineage), tuple(lists), known=False)] if lists else []
     return Found(tuple(towers), tuple(search.refusals))
 
 
