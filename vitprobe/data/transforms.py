@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from jaxtyping import Float
 from PIL import Image
-from timm.data.config import resolve_model_data_config
+from timm.data.config import resolve_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
 from vitprobe.data.decoding import to_rgb
+from vitprobe.data.stated import state_images
 from vitprobe.errors import UserError
 
 PAPER_CROP = 14 / 16  # Beyond [cls] (arXiv 2412.03215): 256 pixels for a crop of 224, int(size·16/14)
@@ -34,6 +35,7 @@ class ImageTransform:
         interpolation: as timm names it ("bicubic", "bilinear" …).
         mean: subtracted from each channel, in 0..1.
         std: each channel is divided by it.
+        remark: one line on what of this is not the model's word: defaults that were taken. "" where there are none.
     """
 
     mode: str
@@ -43,6 +45,7 @@ class ImageTransform:
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    remark: str = field(default="", compare=False)
 
     @property
     def resize(self) -> tuple[int, int]:
@@ -81,16 +84,22 @@ class ImageTransform:
 
 
 def model_transform(
-    module: nn.Module, mode: str = "model", img_size: int | tuple[int, int] | None = None
+    module: nn.Module | Sequence[nn.Module],
+    mode: str = "model",
+    img_size: int | tuple[int, int] | None = None,
+    normalizer: str = "",
 ) -> ImageTransform:
     """The transform for a model's images.
 
     Args:
-        module: the model. One without timm's `pretrained_cfg` or open_clip's `preprocess_cfg` gets timm's defaults
-            (bicubic, crop of 0.875, ImageNet's mean and std, 224 pixels unless its patch embedding says otherwise).
-        mode: "model" for what timm's config says of this model; "paper" for what Beyond [cls] (arXiv 2412.03215) gave
-            every model: shorter side to int(size·16/14), bicubic, centre crop, ImageNet's mean and std.
+        module: the model, or the part of it that holds its blocks followed by what holds that part. The first that says
+            how its images are prepared (timm's `pretrained_cfg`, open_clip's `preprocess_cfg` or `image_mean`) is
+            believed; where none does, timm's defaults are taken (bicubic, crop of 0.875, ImageNet's mean and std, 224
+            pixels unless a patch embedding says otherwise), which the result's `remark` says.
+        mode: "model" for what is said of this model; "paper" for what Beyond [cls] (arXiv 2412.03215) gave every
+            model: shorter side to int(size·16/14), bicubic, centre crop, ImageNet's mean and std.
         img_size: pixels of the result, a side or (height, width); by default what the model was built for.
+        normalizer: the class of a module by which the model normalises its images itself; the transform does not then.
 
     Raises:
         UserError: for an unknown mode, or a size below one pixel.
@@ -100,10 +109,15 @@ def model_transform(
             f"there is no transform {mode!r}: use 'model' (what the model was trained with, from timm's config) "
             f"or 'paper' (shorter side to 256 for a crop of 224, bicubic, ImageNet's mean and std)"
         )
-    config = resolve_model_data_config(module) | _open_clips_word(module)
-    size = _size(module, config, img_size)
+    parts = [module] if isinstance(module, nn.Module) else list(module)
+    stated = state_images(parts, normalizer)
+    # timm asks for a config that is not empty
+    config = resolve_data_config(pretrained_cfg={"input_size": (3, 224, 224)} | stated.config)
+    size = _size(parts, config, img_size)
     if mode == "paper":
-        return ImageTransform(mode, size, PAPER_CROP, "center", "bicubic", IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+        mean, std = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if not normalizer else (config["mean"], config["std"])
+        remark = stated.remark(config) if normalizer else ""
+        return ImageTransform(mode, size, PAPER_CROP, "center", "bicubic", mean, std, remark)
     return ImageTransform(
         mode=mode,
         size=size,
@@ -112,28 +126,16 @@ def model_transform(
         interpolation=config["interpolation"],
         mean=tuple(map(float, config["mean"])),
         std=tuple(map(float, config["std"])),
+        remark=stated.remark(config),
     )
 
 
-def _open_clips_word(module: nn.Module) -> dict[str, Any]:
-    """What open_clip says of the images of its model in `preprocess_cfg`, in timm's words; nothing for any other."""
-    said: Any = getattr(module, "preprocess_cfg", None)
-    if not isinstance(said, dict):
-        return {}
-    modes = {"shortest": "center", "longest": "border", "squash": "squash"}
-    return {
-        "mean": said["mean"],
-        "std": said["std"],
-        "interpolation": said["interpolation"],
-        "crop_mode": modes[said["resize_mode"]],
-        "crop_pct": 1.0,
-    }
-
-
-def _size(module: nn.Module, config: dict[str, Any], img_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _size(
+    parts: Sequence[nn.Module], config: dict[str, Any], img_size: int | tuple[int, int] | None
+) -> tuple[int, int]:
     """Height and width: as asked, else as built (which need not be what the config says), else of the config."""
     size: Any = img_size
-    for holder in (module, getattr(module, "encoder", None)):
+    for holder in (holder for part in parts for holder in (part, getattr(part, "encoder", None))):
         if size is None:
             size = getattr(getattr(holder, "patch_embed", None), "img_size", None)
     if size is None:

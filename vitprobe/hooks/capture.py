@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from vitprobe.attention.view import AttentionView, concatenate_views
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.blocks import BlockRecord, hook_block
+from vitprobe.hooks.bystanders import Bystanders
 from vitprobe.hooks.calls import AttentionCall
 from vitprobe.hooks.interception import AttentionWatcher
 from vitprobe.hooks.single_pass import measure
 from vitprobe.hooks.transformers_kernels import watch_kernels
 from vitprobe.hooks.views import views_of
+from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.find import find_anatomy
-from vitprobe.models.anatomy.order import being_measured, measure_order
-from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor, use_fused_attention
+from vitprobe.models.anatomy.measured import being_measured
+from vitprobe.models.anatomy.order import measure_order
+from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor, run_eagerly, use_fused_attention
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import compute_statistics, select
 from vitprobe.statistics.table import Asks, available_needs
@@ -44,7 +47,8 @@ def capture(
     """A context in which every forward pass of `model` leaves its attention to be read.
 
     Works with fused kernels on, in train and eval mode, under autocast and with gradients; the numbers are of the
-    weights before dropout, detached. On leaving, the model is as it was, also when the body raised.
+    weights before dropout, detached. What torch.compile compiled runs uncompiled meanwhile. On leaving, the model is as
+    it was, also when the body raised.
 
     Args:
         model: a Vision Transformer: what `load_model` gave, or a bare `nn.Module`, compiled or not.
@@ -73,8 +77,10 @@ def capture(
     if not isinstance(known, Anatomy):
         module = model if isinstance(model, nn.Module) else getattr(model, "module", None)
         if not isinstance(module, nn.Module):
+            kind = type(model).__name__
             raise UserError(
-                f"capture takes a model (what load_model returns, or a torch.nn.Module), not a {type(model).__name__}"
+                why_copy(model)
+                or f"capture takes a model (what load_model returns, or a torch.nn.Module), not a {kind}"
             )
         known = find_anatomy(module, layout, blocks)
     elif layout is not None or blocks is not None:
@@ -146,6 +152,7 @@ class Capture:
         self._seen: set[int] | None = None  # blocks that ran since the images came; None: no images, no pass
         self._cleanup: ExitStack | None = None
         self._watcher = AttentionWatcher(_untraced(self._attention_called))
+        self._bystanders = Bystanders(anatomy)
 
     # The context ------------------------------------------------------------------------------------------------------
 
@@ -171,6 +178,8 @@ class Capture:
                 )
             for handle in handles:
                 stack.callback(handle.remove)
+            self._bystanders.watch(stack)
+            run_eagerly(stack)
             # Hand-written softmax is what a module falls back to when fused attention was switched off.
             use_fused_attention(self._blocks, stack)
             self.anatomy.prepare(stack)
@@ -191,6 +200,7 @@ class Capture:
         if being_measured():
             return
         self._in_forward, self._seen, self._called = True, None, (args, kwargs)
+        self._bystanders.ran.clear()
 
     def _forward_ended(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if being_measured():
@@ -201,6 +211,8 @@ class Capture:
             return
         unseen = sorted(set(range(len(self))) - (seen or set()))
         if unseen:
+            if self._bystanders.ran:
+                raise AttentionNotSeenError(self._bystanders.advice(self._model_name, unseen[0]))
             part = "patch embedding" if seen is None else f"block {unseen[0]}"
             raise AttentionNotSeenError(
                 f"{self._model_name} ran, but its {part} was not seen to run; pass images through the whole model (and "

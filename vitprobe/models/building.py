@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -132,14 +133,24 @@ def require_size(anatomy: Anatomy, img_size: tuple[int, int] | None, name: str) 
         )
 
 
-def spec_of(module: nn.Module, name: str, source: str) -> ModelSpec:
+def spec_of(module: nn.Module | Sequence[nn.Module], name: str, source: str) -> ModelSpec:
     """A spec for a model that is not in the registry, as far as timm's config of it tells.
 
-    An empty name stands for the architecture's.
+    The config says what was built, not which weights are in it: timm gives it to models with random weights too, and
+    weights are trained further. So the method and the paradigm are unknown, whatever weights it names.
+
+    Args:
+        module: the model, or the part of it that holds its blocks followed by what holds that part; the first with a
+            config of timm's is asked.
+        name: what the model is called; "" for the architecture's name.
+        source: where it came from.
     """
-    config = getattr(module, "pretrained_cfg", None)
-    config = config if isinstance(config, dict) else {}
-    architecture = config.get("architecture") or type(module).__name__
+    parts = [module] if isinstance(module, nn.Module) else list(module)
+    configs = (getattr(part, "pretrained_cfg", None) for part in parts)
+    config = next((each for each in configs if isinstance(each, dict)), {})
+    # A container of torch's says nothing of what it holds.
+    classes = [type(part).__name__ for part in parts if not type(part).__module__.startswith("torch.nn.")]
+    architecture = config.get("architecture") or next(iter(classes), type(parts[0]).__name__)
     numbers = (tuple(config.get("mean", ())), tuple(config.get("std", ())))
     return ModelSpec(
         name=name or architecture,

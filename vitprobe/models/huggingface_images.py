@@ -41,9 +41,9 @@ def describe_preprocessing(module: nn.Module, repository: str | None = None) -> 
     if not from_transformers(module) or config is None:
         return None
     require_images(module)
-    if hasattr(module, "pretrained_cfg"):
-        return pair(module.pretrained_cfg["input_size"][-2:])  # type: ignore[index]
     size = find_anatomy(module).image_size
+    if hasattr(module, "pretrained_cfg"):
+        return pair(module.pretrained_cfg.get("input_size", size)[-2:])  # type: ignore[union-attr]
     came_from = str(getattr(config, "_name_or_path", ""))
     folder = _found(came_from) if repository is None else _fetched(repository)
     if folder is not None:

@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.anatomy.measured import noise_for
+from vitprobe.models.anatomy.normalizing import find_normalizer
 from vitprobe.models.anatomy.order import measure_order
+from vitprobe.models.anatomy.own_vit import channels_of
 from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.building import ImageSize
 from vitprobe.models.entries import ModelSpec
+from vitprobe.models.known import remember
 from vitprobe.models.tokens import TokenLayout
 
 
@@ -63,21 +67,45 @@ def finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Ana
     """
     _require_finite(module, spec.name)
     anatomy = anatomy or find_anatomy(module)
-    transform = model_transform(module, img_size=img_size or anatomy.image_size)
+    anatomy = replace(anatomy, normalizer=find_normalizer(anatomy))
+    if spec.source != "module":
+        remember(anatomy.tower, spec)
+    transform = _transform(anatomy, "model", img_size or anatomy.image_size)
     anatomy = _measured(anatomy, transform.size)
-    return LoadedModel(module, anatomy.layout(transform.size), transform, spec, anatomy)
+    layout = anatomy.layout(transform.size)
+    order = f"its tokens stand in an order of their own: {layout}" if layout.positions else ""
+    remarks = (*anatomy.remarks, *_lines(order), *_lines(transform.remark))
+    return LoadedModel(module, layout, transform, spec, anatomy, remarks)
+
+
+def with_transform(model: LoadedModel, mode: str, img_size: ImageSize) -> LoadedModel:
+    """The model with another transform, and with the remark that belongs to it.
+
+    Args:
+        model: the model.
+        mode: "model" or "paper" (see `model_transform`).
+        img_size: pixels of its images, a side or (height, width).
+    """
+    transform = _transform(model.anatomy, mode, img_size)
+    remarks = (*(line for line in model.remarks if line != model.transform.remark), *_lines(transform.remark))
+    return replace(model, layout=model.anatomy.layout(transform.size), transform=transform, remarks=remarks)
+
+
+def _transform(anatomy: Anatomy, mode: str, img_size: ImageSize) -> ImageTransform:
+    return model_transform(anatomy.lineage or anatomy.module, mode, img_size, anatomy.normalizer)
+
+
+def _lines(remark: str) -> tuple[str, ...]:
+    return (remark,) if remark else ()
 
 
 def _measured(anatomy: Anatomy, size: tuple[int, int]) -> Anatomy:
     """The anatomy with the order of tokens that the model is seen to have on images of `size`."""
     if anatomy.measured:
         return anatomy
-    weights = [part for part in anatomy.module.parameters() if part.is_floating_point()]
-    like = torch.empty(1, anatomy.in_channels, *size)
-    like = like.to(weights[0].device, weights[0].dtype) if weights else like
     with ExitStack() as stack:
         anatomy.prepare(stack)
-        return measure_order(anatomy, like)
+        return measure_order(anatomy, noise_for(anatomy.module, channels_of(anatomy.tower), size))
 
 
 def _require_finite(module: nn.Module, name: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vitprobe.errors import UserError
+from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.building import ImageSize, architecture_of, build, outline, pair, require_size, spec_of
 from vitprobe.models.checkpoints import (
@@ -33,6 +34,7 @@ from vitprobe.models.from_hub import (
 from vitprobe.models.hub import fetch_official, require_official
 from vitprobe.models.huggingface import PREFIX, require_huggingface
 from vitprobe.models.huggingface_images import describe_preprocessing
+from vitprobe.models.known import recall
 from vitprobe.models.loaded import LoadedModel, finish, random_spec
 from vitprobe.models.official.checks import require_heads
 from vitprobe.models.official.entries import OfficialCheckpoint, find_official
@@ -134,7 +136,9 @@ def _sort_out(
 ) -> tuple[str, Path | None, str | None]:
     """The name of a model, the file of its weights or None, and the architecture in it where one was given."""
     if not isinstance(name, str | Path):
-        raise UserError(f"a model is a name, a checkpoint file, an nn.Module or a LoadedModel, not {name!r}")
+        raise UserError(
+            why_copy(name) or f"a model is a name, a checkpoint file, an nn.Module or a LoadedModel, not {name!r}"
+        )
     if isinstance(name, Path) or _looks_like_file(name):
         if checkpoint is not None:
             raise UserError(f"{name} and {checkpoint} are both files: give one, and its architecture (--arch NAME)")
@@ -190,7 +194,7 @@ def _wrap(
         anatomy = loaded.anatomy
     else:
         anatomy = find_anatomy(loaded.module if loaded else model, layout, blocks)  # type: ignore[arg-type]
-    spec = loaded.spec if loaded else spec_of(anatomy.module, "", "module")
+    spec = loaded.spec if loaded else recall(anatomy.tower) or spec_of(anatomy.lineage, "", "module")
     if size is not None and size != anatomy.image_size:
         require_size(anatomy, size, spec.name)
         if not anatomy.any_size:
@@ -199,7 +203,7 @@ def _wrap(
                 f"{spec.name} is built for images of {usual[0]}×{usual[1]} pixels: for {size[0]}×{size[1]}, load it by "
                 f"name with img_size, or build it so"
             )
-    return finish(anatomy.module, spec, size or describe_preprocessing(anatomy.module), anatomy)
+    return finish(anatomy.module, spec, size or describe_preprocessing(anatomy.tower), anatomy)
 
 
 def _load_bundled(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:

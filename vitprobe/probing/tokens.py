@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -19,13 +19,15 @@ from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.attention.view import AttentionView
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
+from vitprobe.hooks.bystanders import Bystanders
 from vitprobe.hooks.capture import Capture, capture
 from vitprobe.hooks.updates import tensor_of
 from vitprobe.models.anatomy.final_norm import find_final_norm
-from vitprobe.models.anatomy.parts import use_fused_attention
+from vitprobe.models.anatomy.parts import run_eagerly, use_fused_attention
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model
 from vitprobe.models.tokens import TokenLayout, reordered
+from vitprobe.probing.stream import Reading, find_readings, require
 from vitprobe.probing.tap import Tap
 from vitprobe.profile.dtype import DTYPE_BOUND, choose_dtype, weights_dtype
 from vitprobe.profile.state import choose_device, prepared
@@ -81,7 +83,6 @@ class FrozenModel:
             if not 0 <= tap.block < len(blocks):
                 raise UserError(f"{self._name} has blocks 0 to {len(blocks) - 1}, not {tap.block}: choose one of these")
         self._blocks = sorted({tap.block for tap in self.taps})
-        _require_whole_blocks(model)
         self._norm = find_final_norm(model.anatomy, self._name) if any(tap.norm for tap in self.taps) else None
         # "auto" has nothing to be measured on here, and becomes float32
         self._forward = choose_dtype(dtype, DTYPE_BOUND, model.module, self.device, lambda _: {})
@@ -89,6 +90,7 @@ class FrozenModel:
         self._oracles = {name: _oracle(name, model.layout, dtype, self.device) for name in oracles}
         self._tokens: dict[int, Tensor] = {}  # of the pass under way, by block
         self._batch: tuple[int, TokenLayout] | None = None  # images and layout of that pass; None without one
+        self._bystanders = Bystanders(model.anatomy)
         self._capture: Capture | None = None
         self._cleanup: ExitStack | None = None
 
@@ -102,6 +104,8 @@ class FrozenModel:
         anatomy = self.model.anatomy
         with ExitStack() as stack:
             stack.enter_context(prepared(self.model.module, self.device))
+            self._bystanders.watch(stack)
+            run_eagerly(stack)
             use_fused_attention(anatomy.blocks, stack)
             if self.attention:  # whose capture prepares the model itself
                 blocks = tuple(anatomy.blocks[block] for block in self._blocks)
@@ -109,8 +113,9 @@ class FrozenModel:
                 self._capture = stack.enter_context(capture(tapped))
             else:
                 anatomy.prepare(stack)
+            readings = find_readings(self.model)
             for block in self._blocks:  # after those of the capture, which must see the last block end
-                stack.callback(anatomy.blocks[block].register_forward_hook(self._ran(block)).remove)
+                self._read_at(require(readings[block], self.model, block), block, stack)
             for oracle in self._oracles.values():
                 stack.enter_context(oracle)
             self._cleanup = stack.pop_all()
@@ -155,6 +160,7 @@ class FrozenModel:
         height, width = images.shape[-2:]
         layout = self.model.anatomy.layout((height, width))
         self._tokens.clear()
+        self._bystanders.ran.clear()
         self._batch = len(images), layout
         try:
             with torch.inference_mode(), self._forward.autocast(self.device):
@@ -166,28 +172,48 @@ class FrozenModel:
         finally:
             self._batch = None
         unseen = next(block for block in self._blocks if block not in self._tokens)
+        if self._bystanders.ran:
+            raise UserError(self._bystanders.advice(self._name, unseen))
         raise UserError(f"{self._name} ran, but its block {unseen} did not: its tokens cannot be read")
 
-    def _ran(self, block: int) -> Callable[[nn.Module, Any, Any], None]:
-        """The hook that takes a block's output."""
+    def _read_at(self, reading: Reading, block: int, stack: ExitStack) -> None:
+        """Hook the parts at which the tokens after a block are read, until the stack ends."""
+        entered: list[Tensor] = []
 
-        def take(module: nn.Module, args: Any, output: Any) -> None:
-            if self._batch is None:  # a pass that somebody else began
+        def enters(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens = tensor_of((*args, *kwargs.values()))
+            if self._batch is None or tokens is None:  # a pass that somebody else began
                 return
-            tokens = _in_order(tensor_of(output), module, *self._batch)
-            if tokens is None:
-                came = tuple(getattr(tensor_of(output), "shape", ())) or f"a {type(output).__name__}"
-                raise UserError(
-                    f"block {block} of {self._name} gave {came} where (images, tokens, width) with "
-                    f"{self._batch[1].num_tokens} tokens was expected: its tokens cannot be read"
-                )
-            # A copy, as later blocks may add to it in place; and not one of inference mode, on which nothing trains.
-            with torch.inference_mode(False), torch.no_grad():
-                self._tokens[block] = reordered(tokens, self._batch[1], 1).to(torch.float32, copy=True)
-            if block == self._blocks[-1]:
-                raise _LastBlockRan
+            if reading.leaves is None:
+                self._take(block, tokens)
+            else:  # a copy, as the model may add to it in place
+                entered[:] = [tokens.clone()]
 
-        return take
+        def leaves(module: nn.Module, args: Any, output: Any) -> None:
+            if self._batch is not None:
+                tokens = tensor_of(output)
+                self._take(block, tokens + entered.pop() if entered and tokens is not None else output)
+
+        if reading.enters is not None:
+            stack.callback(reading.enters.register_forward_pre_hook(enters, with_kwargs=True).remove)
+        if reading.leaves is not None:
+            stack.callback(reading.leaves.register_forward_hook(leaves).remove)
+
+    def _take(self, block: int, came: Any) -> None:
+        """Keep the tokens after a block, and end the pass where they are the last that are read."""
+        assert self._batch is not None
+        tokens = _in_order(tensor_of(came), self.model.anatomy.blocks[block], *self._batch)
+        if tokens is None:
+            shape = tuple(getattr(tensor_of(came), "shape", ())) or f"a {type(came).__name__}"
+            raise UserError(
+                f"block {block} of {self._name} gave {shape} where (images, tokens, width) with "
+                f"{self._batch[1].num_tokens} tokens was expected: its tokens cannot be read"
+            )
+        # A copy, as later blocks may add to it in place; and not one of inference mode, on which nothing trains.
+        with torch.inference_mode(False), torch.no_grad():
+            self._tokens[block] = reordered(tokens, self._batch[1], 1).to(torch.float32, copy=True)
+        if block == self._blocks[-1]:
+            raise _LastBlockRan
 
     def _read(self, tap: Tap, names: Sequence[str] | None) -> Tensor:
         tokens = self._tokens[tap.block]
@@ -256,19 +282,3 @@ def _in_order(tokens: Tensor | None, block: nn.Module, batch: int, layout: Token
         and any(isinstance(part, nn.MultiheadAttention) and not part.batch_first for part in block.modules())
     )
     return tokens.transpose(0, 1) if sequence_first else tokens
-
-
-def _require_whole_blocks(model: LoadedModel) -> None:
-    """Raises a UserError where what stands for a block is a part of one, beside an MLP in a list of the two.
-
-    Such a part gives what is added to the tokens, not the tokens. Lists of whole blocks, as in DINOv2, are fine.
-    """
-    blocks = model.anatomy.blocks
-    lists: list[Any] = [part for part in model.anatomy.module.modules() if isinstance(part, nn.ModuleList)]
-    for parts in (inner for outer in lists for inner in outer if inner in lists and blocks[0] in list(inner)):
-        if any(part not in blocks and not isinstance(part, nn.Identity) for part in parts):
-            kinds = ", ".join(type(part).__name__ for part in parts)
-            raise UserError(
-                f"the blocks of {model.spec.name} are lists of parts ({kinds}), so what leaves a block cannot be read: "
-                f"give load_model blocks and a layout where each block is a module that returns the tokens"
-            )

@@ -46,7 +46,7 @@ def signature(model: LoadedModel) -> str:
     """What must be equal for two models to be of one architecture: class, blocks, width, heads and patch size."""
     layout, anatomy = model.layout, model.anatomy
     return (
-        f"{type(model.module).__name__} depth {len(anatomy.blocks)} width {anatomy.width or '?'} "
+        f"{type(anatomy.tower).__name__} depth {len(anatomy.blocks)} width {anatomy.width or '?'} "
         f"heads {anatomy.num_heads or '?'} patch {layout.patch_size[0]}x{layout.patch_size[1]} "
         f"prefix {layout.num_prefix_tokens}"
     )

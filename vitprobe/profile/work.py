@@ -17,9 +17,9 @@ from vitprobe.data.images import Groups, Images, LoaderImages
 from vitprobe.data.shards import SHARD_IMAGES, Share, cut_loader, iterate_shards
 from vitprobe.data.sources import open_images
 from vitprobe.data.streams import StreamImages, iterate_stream
-from vitprobe.data.transforms import ImageTransform, model_transform
+from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
-from vitprobe.models.loaded import LoadedModel
+from vitprobe.models.loaded import LoadedModel, with_transform
 from vitprobe.models.loading import load_model
 from vitprobe.profile.distributed import World
 from vitprobe.profile.launch import local_processes, local_rank
@@ -104,7 +104,8 @@ def prepare(
         )
     img_size = arguments["img_size"]
     loaded = load_model(model, checkpoint=checkpoint, arch=arguments["arch"], img_size=img_size)
-    transform = model_transform(loaded.module, arguments["transform"], img_size or loaded.transform.size)
+    loaded = with_transform(loaded, arguments["transform"], img_size or loaded.transform.size)
+    transform = loaded.transform
     layout, width = loaded.anatomy.layout(transform.size), loaded.anatomy.width or 768
     batch_size = arguments["batch_size"] or choose_batch_size(layout, width, chosen, local_processes())
     manifest = new_manifest(loaded, chosen, arguments) | {

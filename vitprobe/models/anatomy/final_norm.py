@@ -23,7 +23,7 @@ _NAMES = (
 
 
 def find_final_norm(anatomy: Anatomy, model: str) -> nn.Module:
-    """The norm of one of these names beside the blocks, or beside what holds them.
+    """The norm of one of these names beside the blocks, or beside what holds them, the nearest part of the model first.
 
     Args:
         anatomy: the model's.
@@ -33,20 +33,26 @@ def find_final_norm(anatomy: Anatomy, model: str) -> nn.Module:
         UserError: where there is none (a model that normalises the pooled tokens alone has an identity there), or
             several.
     """
-    block = anatomy.blocks[0]
-    holders = [part for part in anatomy.module.modules() if part is not block and _holds(part, block)]
-    found = {
-        id(part): (name, part)
-        for holder in holders
-        for name, part in holder.named_children()
-        if name in _NAMES and not isinstance(part, nn.Identity)
-    }
+    found = next((norms for part in anatomy.lineage or (anatomy.module,) if (norms := _norms(part, anatomy))), {})
     if len(found) == 1:
-        return next(part for _, part in found.values())
-    came = f"several ({', '.join(name for name, _ in found.values())})" if found else "no"
+        return next(iter(found.values()))
+    names = ", ".join(path.rpartition(".")[2] for path in found)
+    came = f"several ({names})" if found else "no"
     raise UserError(
         f"{model} has {came} final norm on its tokens that could be recognised: read the block without the norm"
     )
+
+
+def _norms(part: nn.Module, anatomy: Anatomy) -> dict[str, nn.Module]:
+    """Path and module of each norm in a part of the model that stands beside the blocks or beside what holds them."""
+    block = anatomy.blocks[0]
+    holders = {path: each for path, each in part.named_modules() if each is not block and _holds(each, block)}
+    return {
+        f"{path}.{name}": norm
+        for path, each in holders.items()
+        for name, norm in each.named_children()
+        if name in _NAMES and not isinstance(norm, nn.Identity)
+    }
 
 
 def _holds(part: nn.Module, block: nn.Module) -> bool:

@@ -31,7 +31,7 @@ def recognise(module: nn.Module) -> Anatomy | None:
     Raises:
         AttentionNotSeenError: for a model of transformers that takes no images, or works in stages.
     """
-    tower = next((part for part in module.modules() if _is_tower(part)), None)
+    tower = next((part for part in module.modules() if is_tower(part)), None)
     name, takes = type(module).__name__, getattr(module, "main_input_name", "pixel_values")
     if tower is None:
         if from_transformers(module) and takes != "pixel_values":
@@ -82,10 +82,11 @@ def _of_patches(tower: Any) -> Anatomy:
 
 def from_transformers(module: nn.Module) -> bool:
     """Whether a module's class is of transformers, or derived from one of its classes."""
-    return any(kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+    homes = ("transformers.models.", "transformers.modeling_utils")
+    return any(kind.__module__.startswith(homes) for kind in type(module).__mro__)
 
 
-def _is_tower(module: nn.Module) -> bool:
+def is_tower(module: nn.Module) -> bool:
     """Whether a module takes images: its embeddings cut them with a convolution, or are given the patches."""
     embeddings = getattr(module, "embeddings", None)
     return (

@@ -7,10 +7,7 @@ of the image's right half changes the patches of the right half of the grid, and
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitprobe.errors import AttentionNotSeenError, UserError
+from vitprobe.models.anatomy.measured import on_noise
 from vitprobe.models.anatomy.own_vit import CLS, DISTILLATION, REGISTERS
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, Size, first_tensor
 from vitprobe.models.tokens import TokenLayout
@@ -28,13 +26,6 @@ Call = Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]
 _KINDS = {"[cls]": CLS, "distillation": DISTILLATION, "registers": REGISTERS}
 _SAME = 1e-3  # a token is the same for two images if it differs by less than this share of what a patch differs by
 _LOCAL = 0.75  # a change of half an image changes at most this share of the patches, or says nothing of their places
-
-_measuring: ContextVar[bool] = ContextVar("measuring", default=False)
-
-
-def being_measured() -> bool:
-    """Whether the forward pass under way is one on noise, of which captures take no notice."""
-    return _measuring.get()
 
 
 class _FirstBlockReached(Exception):
@@ -101,7 +92,7 @@ def _first_tokens(
     args, kwargs = call(image)
     handle = anatomy.blocks[0].register_forward_pre_hook(take, with_kwargs=True, prepend=True)
     try:
-        with _undisturbed(anatomy.module, image.device):
+        with on_noise(anatomy.module):
             functional_call(anatomy.module, changed or {}, args, kwargs)
     except _FirstBlockReached:
         pass
@@ -115,23 +106,6 @@ def _first_tokens(
     if tokens.shape[0] != 1:
         tokens = tokens.transpose(0, 1)  # torch's own attention may have the sequence first
     return tokens.detach().float().clone() if tokens.shape[0] == 1 else None
-
-
-@contextmanager
-def _undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """In eval mode, without gradients and compilation, unseen by captures; afterwards all is as it was before."""
-    training = [part for part in module.modules() if part.training]
-    before = _measuring.set(True)
-    module.eval()
-    # To ask for eager execution imports the compiler, which takes seconds: only where it is in use.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad(), eager:
-            yield
-    finally:
-        for part in training:
-            part.training = True
-        _measuring.reset(before)
 
 
 def _difference(one: Tensor, other: Tensor) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError, UserError
+from vitprobe.models.anatomy.block_lists import block_lists
 from vitprobe.models.anatomy.parts import Anatomy, Size, grid_of, pair, read_images, size_of
 from vitprobe.models.tokens import TokenLayout
 
-_BLOCKS = ("blocks", "layers", "layer", "resblocks", "encoder_layers", "transformer_blocks")
 CLS = ("cls_token", "class_token", "class_embedding", "cls_embedding", "cls")
 DISTILLATION = ("dist_token", "distillation_token")
 REGISTERS = (
@@ -46,7 +46,7 @@ def recognise(
         AttentionNotSeenError: where no blocks or no patch size are found; says what to write.
     """
     name = type(module).__name__
-    found = list(blocks) if blocks is not None else _find_blocks(module)
+    found = list(blocks) if blocks is not None else next((each.blocks for each in block_lists(module)), ())
     if not found:
         raise AttentionNotSeenError(
             f"no list of alike transformer blocks was found in {name}, so there is no attention to capture; if it has "
@@ -143,47 +143,6 @@ def for_images(layout: TokenLayout, grid: Size, size: Size) -> TokenLayout:
     return layout.of_grid(grid)
 
 
-def _find_blocks(module: nn.Module) -> list[nn.Module]:
-    """The longest list of modules of one class: of those with a usual name first, then of all."""
-    lists = [
-        (name.rpartition(".")[2] in _BLOCKS, len(part), list(part))
-        for name, part in module.named_modules()
-        if isinstance(part, nn.ModuleList | nn.Sequential) and _alike(list(part))
-    ]
-    if not lists:
-        return []
-    blocks = max(lists, key=lambda candidate: candidate[:2])[2]
-    while blocks and all(isinstance(block, nn.ModuleList) for block in blocks):
-        blocks = _opened(blocks)
-    return blocks
-
-
-def _opened(lists: list[nn.Module]) -> list[nn.Module]:
-    """What stands for the blocks in a list of lists, which are never called themselves.
-
-    Chunks of blocks (DINOv2's training code) are joined. Of a list of a block's parts, such as [attention, MLP], the
-    attention is taken: it is the part whose class says so, otherwise the first.
-    """
-    parts = [[part for part in one.children() if not isinstance(part, nn.Identity)] for one in lists]
-    attending = [[part for part in of_one if _names_attention(part)] for of_one in parts]
-    if all(attending):
-        return [part for of_one in attending for part in of_one]
-    return [of_one[0] for of_one in parts if of_one]
-
-
-def _names_attention(module: nn.Module) -> bool:
-    """Whether a class in a module is called after attention."""
-    return any("att" in type(part).__name__.lower() for part in module.modules())
-
-
-def _alike(parts: list[nn.Module]) -> bool:
-    """Whether these can be transformer blocks: of one class, each with a linear map of its own inside."""
-    return len({type(part) for part in parts}) == 1 and all(
-        not isinstance(part, nn.Linear) and any(isinstance(inner, nn.Linear) for inner in part.modules())
-        for part in parts
-    )
-
-
 def patch_convolution(module: nn.Module) -> nn.Conv2d | None:
     """The first convolution, if its windows tile the image, or overlap and are the only ones that cut it."""
     first = next((part for part in module.modules() if isinstance(part, nn.Conv2d)), None)
@@ -195,6 +154,17 @@ def patch_convolution(module: nn.Module) -> nn.Conv2d | None:
     alone = sum(isinstance(part, nn.Conv2d) for part in holder.modules()) == 1  # of a stem there are several
     overlaps = all(step <= edge for step, edge in zip(first.stride, first.kernel_size, strict=True))
     return first if alone and overlaps and isinstance(first.padding, tuple) else None
+
+
+def embedding_of(module: nn.Module) -> nn.Module:
+    """The part of a tower that the images enter, as far as it is known: its first convolution, else the tower."""
+    return next((part for part in module.modules() if isinstance(part, nn.Conv2d)), module)
+
+
+def channels_of(module: nn.Module) -> int:
+    """Channels of the images that a tower takes; 3 where it has no convolution."""
+    embedding = embedding_of(module)
+    return embedding.in_channels if isinstance(embedding, nn.Conv2d) else 3
 
 
 def _parameters(module: nn.Module, names: Sequence[str]) -> Iterator[Any]:

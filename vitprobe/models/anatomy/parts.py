@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError
@@ -15,6 +17,10 @@ from vitprobe.models.tokens import TokenLayout
 Size = tuple[int, int]
 # One layout for all images of a batch or, where images of several grids were padded to one length, one for each.
 Layouts = TokenLayout | tuple[TokenLayout, ...]
+
+
+# What torch.compile, activation checkpointing and FSDP keep the module in that they wrap.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def _nothing(stack: ExitStack) -> None:
@@ -26,7 +32,7 @@ class Anatomy:
     """The parts of a Vision Transformer that capture and preprocessing deal with.
 
     Attributes:
-        module: the image tower itself, which takes images.
+        module: what is run: the model as given or, of one of images and texts, its image tower.
         blocks: its transformer blocks in the order in which they run.
         images_enter: the part whose first tensor is the batch of images.
         layout: images of `(height, width)` pixels → their tokens.
@@ -37,6 +43,11 @@ class Anatomy:
         prepare: what a capture changes for its time, such as masking switched off; the stack undoes it.
         given: whether the user said which token is what; else that is a guess from names.
         measured: whether the model has been run to see which token is what (see `order.measure_order`).
+        lineage: the part of the model that holds the patch embedding and the blocks, then what holds that part, up to
+            the model as it was given.
+        others: other lists of blocks in the model: an expression for them, and the first block of each.
+        remarks: lines that a user must read about how the blocks were chosen.
+        normalizer: the class of a module by which the model normalises its images itself; "" where it does not.
     """
 
     module: nn.Module
@@ -49,12 +60,15 @@ class Anatomy:
     prepare: Callable[[ExitStack], None] = _nothing
     given: bool = False
     measured: bool = False
+    lineage: tuple[nn.Module, ...] = ()
+    others: tuple[tuple[str, nn.Module], ...] = ()
+    remarks: tuple[str, ...] = ()
+    normalizer: str = ""
 
     @property
-    def in_channels(self) -> int:
-        """Channels of the images: those of the first convolution that they enter, 3 without one."""
-        parts = (*self.images_enter.modules(), *self.module.modules())
-        return next((part.in_channels for part in parts if isinstance(part, nn.Conv2d)), 3)
+    def tower(self) -> nn.Module:
+        """The part of the model that holds the patch embedding and the blocks: `module`, or inside it."""
+        return self.lineage[0] if self.lineage else self.module
 
     @property
     def width(self) -> int | None:
@@ -69,7 +83,7 @@ class Anatomy:
     def _number(self, *names: str) -> int | None:
         """The first whole number of one of these names, in the first block from its attention on, then in the model."""
         block: Any = self.blocks[0]
-        places = [*block.modules(), self.module, getattr(self.module, "config", None)]
+        places = [*block.modules(), self.tower, getattr(self.tower, "config", None), self.module]
         found = (getattr(place, name, None) for name in names for place in places)
         return next((value for value in found if isinstance(value, int)), None)
 
@@ -114,6 +128,18 @@ def use_fused_attention(blocks: Iterable[nn.Module], stack: ExitStack) -> None:
             if getattr(part, "fused_attn", None) is False:
                 part.fused_attn = True  # type: ignore[assignment]
                 stack.callback(setattr, part, "fused_attn", False)
+
+
+def run_eagerly(stack: ExitStack) -> None:
+    """Run compiled modules as they are written, so that hooks inside them are heard; the stack ends that."""
+    if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled, and the import takes seconds
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside what torch.compile, activation checkpointing or FSDP wraps it in; any other module itself."""
+    inner = next((module._modules[name] for name in _WRAPPED if name in module._modules), None)
+    return module if inner is None else unwrapped(inner)
 
 
 def first_tensor(values: Iterable[Any]) -> Tensor | None:

@@ -65,6 +65,12 @@ def recognise(module: nn.Module) -> Anatomy | None:
     )
 
 
+def is_tower(module: nn.Module) -> bool:
+    """Whether a model has timm's names for its parts and holds its blocks itself, or is one of timm's models."""
+    own = "blocks" in module._modules or type(module).__module__.startswith("timm.models.")
+    return own and recognise(module) is not None
+
+
 def _trunk(module: nn.Module) -> nn.Module | None:
     """The part with a non-empty list `.blocks`: the model or its `.encoder`."""
     for trunk in (module, getattr(module, "encoder", None)):
