@@ -290,6 +290,6 @@ def test_a_layout_of_a_model_inside_another() -> None:
 def test_whatever_wraps_a_copy_of_the_model_is_refused_with_advice_that_works() -> None:
     model = tiny_vit()
     for wrapper in (nn.DataParallel(model), torch.optim.swa_utils.AveragedModel(model)):
-        with pytest.raises(AttentionNotSeenError, match="pass model.module, and call that inside the capture"):
+        with pytest.raises(AttentionNotSeenError, match=r"pass model\.module, and call that inside"):
             capture(wrapper)
         assert_all_close(captured(wrapper.module).statistics(), captured(model).statistics())
