@@ -63,6 +63,8 @@ def find_anatomy(
             own_vit.recognise(tower, layout)  # which says what is missing
         towers = (Tower(path, lineage, lists, known=False),)  # without a patch embedding that could be recognised
     candidates = [_Candidate(each, blocks) for each in towers for blocks in each.lists]
+    if not candidates:
+        own_vit.recognise(tower, layout, ())  # which says that there are none
     chosen, remarks = _choose(module, lineage, candidates, layout)
     anatomy = _recognise(chosen.tower, chosen.blocks, layout)
     return _placed(anatomy, chosen.tower.lineage, lineage, remarks)
@@ -113,8 +115,6 @@ def _choose(
     """
     numbers = likely([each.blocks for each in candidates], [each.paths[0] for each in candidates])
     rivals = [candidates[number] for number in numbers]
-    # A model of timm or transformers has one list of blocks; more are inside its heads.
-    rivals = [each for each in rivals if not each.tower.known or each.blocks is each.tower.lists[0]] or rivals
     if len(rivals) == 1:
         return rivals[0], ()
     runner = runs_alone(lineage) if len({each.tower for each in rivals}) == 1 else _runs_all(lineage)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError
+from vitprobe.models.anatomy.block_lists import BlockList
 from vitprobe.models.anatomy.own_vit import patch_convolution
-from vitprobe.models.anatomy.parts import Anatomy, Layouts, Size, first_tensor, grid_of, pair, read_images
+from vitprobe.models.anatomy.parts import Anatomy, Layouts, Size, first_tensor, grid_of, pair, read_images, unwrapped
 from vitprobe.models.tokens import TokenLayout
 
 
@@ -69,6 +70,13 @@ def is_tower(module: nn.Module) -> bool:
     """Whether a model has timm's names for its parts and holds its blocks itself, or is one of timm's models."""
     own = "blocks" in module._modules or type(module).__module__.startswith("timm.models.")
     return own and recognise(module) is not None
+
+
+def list_of_blocks(module: nn.Module) -> BlockList:
+    """The blocks of a tower."""
+    trunk: Any = _trunk(module)
+    path = "blocks" if trunk is module else "encoder.blocks"
+    return BlockList((path,), tuple(unwrapped(block) for block in trunk.blocks))
 
 
 def _trunk(module: nn.Module) -> nn.Module | None:

@@ -28,7 +28,7 @@ class Tower:
         path: where it stands in the model; "" for the model itself.
         lineage: the part, then what holds it, up to the model.
         lists: its lists of blocks.
-        known: whether it follows timm or transformers, which have one list.
+        known: whether it follows timm or transformers; it has one list then.
     """
 
     path: str
@@ -58,8 +58,8 @@ def find_towers(lineage: Sequence[nn.Module], path: str = "") -> Found:
         path: where the first of them stands in the last.
     """
     search = _Search()
-    towers = search.towers(tuple(lineage), path)
-    return Found(tuple(towers), tuple(search.refusals))
+    towers = {tower.part: tower for tower in reversed(search.towers(tuple(lineage), path))}
+    return Found(tuple(reversed(towers.values())), tuple(search.refusals))
 
 
 class _Search:
@@ -68,21 +68,26 @@ class _Search:
     def __init__(self) -> None:
         self.refusals: list[str] = []
         self._refused: list[nn.Module] = []
-        self._seen: set[int] = set()
+        self._seen: dict[nn.Module, list[Tower]] = {}
 
     def towers(self, lineage: tuple[nn.Module, ...], path: str) -> list[Tower]:
+        """The towers in the first of these; of a part that stands in two places, those of the first."""
         part = unwrapped(lineage[0])
-        lineage = (part, *lineage[1:])
-        if id(part) in self._seen:
-            return []
-        self._seen.add(id(part))
+        if part not in self._seen:
+            self._seen[part] = self._towers((part, *lineage[1:]), path)
+        return self._seen[part]
+
+    def _towers(self, lineage: tuple[nn.Module, ...], path: str) -> list[Tower]:
+        part = lineage[0]
         reason = why_copy(part) or why_unsupported(part)
         if reason is not None:
             self.refusals.append(reason)
             self._refused.append(part)
             return []
-        if huggingface_vit.is_tower(part) or timm_vit.is_tower(part):
-            return [Tower(path, lineage, tuple(block_lists(part)), known=True)]
+        if huggingface_vit.is_tower(part):
+            return [Tower(path, lineage, tuple(block_lists(part)[:1]), known=True)]
+        if timm_vit.is_tower(part):
+            return [Tower(path, lineage, (timm_vit.list_of_blocks(part),), known=True)]
         inner = [
             tower
             for name, child in part.named_children()
