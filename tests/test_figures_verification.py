@@ -72,7 +72,15 @@ def test_the_note_says_what_numbers_are_conditional_on(several):
     assert "95 % intervals over test images and seeds" in said and "paired gain of abmilp" in said
     assert "conditional on these backbone weights; digits, protocol fast" in said
     assert "first bar is gap, not [cls]: ijepa_vit_h14_in22k" in said
-    assert "seeds" not in note(figures.selective_aggregation(made_verification(seeds=1)))
+    alone = note(figures.selective_aggregation(made_verification(seeds=1)))
+    assert "95 % intervals over test images alone (one seed);" in alone and "seeds" not in alone
+
+
+def test_the_note_names_the_models_of_one_seed_beside_others(several):
+    said = note(figures.selective_aggregation([made_verification("mae_one_seed", seeds=1), *several]))
+    assert "95 % intervals over test images and seeds" in said
+    assert "one seed, so intervals are over test images alone: mae_one_seed" in said
+    assert "one seed" not in note(figures.selective_aggregation(several))
 
 
 def test_models_that_lack_an_aggregator_are_named(several):

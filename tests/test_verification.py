@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,8 +12,8 @@ import pytest
 
 from made_verifications import made_verification
 from vitprobe.errors import UserError
-from vitprobe.probing.resampling import holm
 from vitprobe.probing.tap import Tap
+from vitprobe.probing.uncertainty import holm
 from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
 from vitprobe.profile.folder import MANIFEST
 from vitprobe.profile.profile import Profile
@@ -30,7 +31,7 @@ def made() -> Verification:
 
 def test_the_table_has_the_columns_in_their_order(made):
     table = made.table()
-    others = ["top5", "mean_per_class", "gain_over", "p_value", "p_holm", "seeds", "images", "optimizer"]
+    others = ["top5", "mean_per_class", "gain_over", "p_value", "p_holm", "seeds", "images", "interval", "optimizer"]
     assert list(table) == [*FIRST, *others, "learning_rate", "model", "weights"]
     assert list(table["label"]) == ["cls@block11", "gap@block11", "abmilp@block11"]
     assert list(table["aggregator"]) == ["cls", "gap", "abmilp"]
@@ -135,8 +136,36 @@ def test_every_face_says_what_the_numbers_are_conditional_on(made):
     for words in (made.conditions, str(made), made._repr_html_()):
         assert sentence in words and "200 test images and 3 seeds" in words and "protocol fast" in words
     one_seed = made_verification(seeds=1)
-    assert "over 200 test images (" in one_seed.conditions and one_seed.table()["ci_low"].notna().all()
+    for words in (one_seed.conditions, str(one_seed), one_seed._repr_html_()):
+        assert "95 % intervals over 200 test images (one seed: nothing is said about others);" in words
+    assert one_seed.table()["ci_low"].notna().all()
     assert repr(made) == "Verification('mae_vit_b', 3 aggregators, 200 images)"
+
+
+def test_tables_say_what_intervals_are_over(made):
+    for table in (made.table(), made.table("mean_per_class"), made.differences()):
+        assert set(table["interval"]) == {"images and seeds"}
+    one_seed = made_verification(seeds=1)
+    for table in (one_seed.table(), one_seed.differences("top5")):
+        assert set(table["interval"]) == {"images"}
+
+
+def test_with_one_image_per_class_and_with_classes_that_are_missing_nothing_is_nan(made):
+    """12 of 1,000 classes are among the test images, each once."""
+    results = [replace(result, top1=result.top1[:, :12], top5=result.top5[:, :12]) for result in made.results]
+    few = Verification(made.manifest, made.images[:12], np.arange(12) * 83, results)
+    for seeds in (3, 1):
+        found = Verification(
+            made.manifest,
+            few.images,
+            few.labels,
+            [replace(result, top1=result.top1[:seeds], top5=result.top5[:seeds]) for result in results],
+        )
+        per_class, per_image = found.table("mean_per_class"), found.table()
+        ends = ["accuracy", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high"]
+        np.testing.assert_allclose(per_class[ends], per_image[ends], atol=1e-12)
+        assert (per_class["ci_high"] - per_class["ci_low"] > 0.2).all()
+        assert found.differences("mean_per_class").notna().all(axis=None)
 
 
 def test_a_folder_comes_back_equal(made, tmp_path):

@@ -195,12 +195,15 @@ def _baselines(groups: Sequence[_Group]) -> str:
 def _notes(several: Sequence[VerificationLike], groups: Sequence[_Group], missing: Sequence[str]) -> list[str]:
     """What a reader must know: what lines and numbers are, and what they are conditional on."""
     data, protocols = ("; ".join(dict.fromkeys(getattr(v, what) for v in several)) for what in ("data", "protocol"))
-    varied = "test images" + (" and seeds" if any(group.rows[0]["seeds"] > 1 for group in groups) else "")
+    one_seed = [group.name for group in groups if group.rows[0]["seeds"] == 1]
+    varied = "test images alone (one seed)" if len(one_seed) == len(groups) else "test images and seeds"
     last = groups[0].rows[-1]["aggregator"]
     notes = [
         f"lines: 95 % intervals over {varied}; under the names: paired gain of {last} in points, with its interval",
         f"conditional on these backbone weights; {data}, protocol {protocols}",
     ]
+    if 0 < len(one_seed) < len(groups):
+        notes.append(f"one seed, so intervals are over test images alone: {', '.join(one_seed)}")
     without = [group.name for group in groups if not _is_cls(group)]
     if 0 < len(without) < len(groups):
         notes.append(f"first bar is gap, not [cls]: {', '.join(without)}")

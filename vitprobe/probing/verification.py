@@ -19,9 +19,9 @@ from safetensors.numpy import save
 
 from vitprobe.errors import UserError
 from vitprobe.files import disk_errors, write_atomically
-from vitprobe.probing.resampling import METHOD, Interval, Resample, holm, resample
 from vitprobe.probing.scores import mean_per_class
 from vitprobe.probing.tap import Tap
+from vitprobe.probing.uncertainty import Components, Interval, components, holm
 from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
 
 KIND = "verification"  # what a manifest says that is of no profile
@@ -85,7 +85,7 @@ class Verification:
         self.images = list(images)
         self.labels = labels
         self.results = list(results)
-        self._resample = lru_cache(maxsize=None)(self._draw)
+        self._components = lru_cache(maxsize=None)(self._estimate)
 
     @property
     def name(self) -> str:
@@ -118,22 +118,28 @@ class Verification:
         return len(self.results[0].top1)
 
     @property
+    def sampled(self) -> str:
+        """What was sampled, and intervals are therefore over: "images and seeds"; "images" where there is one seed."""
+        return "images and seeds" if self.num_seeds > 1 else "images"
+
+    @property
     def conditions(self) -> str:
-        """What every number here is conditional on, and what its interval is, in a sentence each."""
+        """What every number here is conditional on, and what its interval is over, in a sentence each."""
         weights = self.manifest["model"]["weights_sha256"][:12]
-        varied = f"{self.num_images} test images" + (f" and {self.num_seeds} seeds" if self.num_seeds > 1 else "")
+        seeds = f" and {self.num_seeds} seeds" if self.num_seeds > 1 else " (one seed: nothing is said about others)"
+        varied = f"{self.num_images} test images{seeds}"
         return (
             f"Conditional on these backbone weights ({self.name}, sha256 {weights}…), on the training images of "
-            f"{self.data} and on the protocol {self.protocol}. 95 % intervals over {varied} ({METHOD}); differences "
-            f"are paired, p-values two-sided, p_holm adjusted for all rows."
+            f"{self.data} and on the protocol {self.protocol}. 95 % intervals over {varied}; "
+            f"differences are paired, p-values two-sided, p_holm adjusted for all rows."
         )
 
-    def _draw(self, measure: str) -> Resample:
+    def _estimate(self, measure: str) -> Components:
         if measure not in MEASURES:
             raise UserError(f"no measure {measure!r}; give one of {', '.join(MEASURES)}")
         top = "top5" if measure == "top5" else "top1"
         right = np.stack([getattr(result, top) for result in self.results])
-        return resample(right, self.labels if measure == "mean_per_class" else None)
+        return components(right, self.labels if measure == "mean_per_class" else None)
 
     def table(self, measure: str = "top1") -> pd.DataFrame:
         """The results, tidy: a row a result, in the order in which they were asked for.
@@ -142,9 +148,9 @@ class Verification:
         (whether the model's final norm was applied), parameters (of the aggregator, without the classifier), accuracy
         (a share), ci_low, ci_high (95 %), gain, gain_ci_low, gain_ci_high (paired, over [cls] at the same place, or
         over gap where there is none; NaN without either), top5, mean_per_class, gain_over (label of what gains are
-        over), p_value (two-sided, of no gain), p_holm (adjusted for all gains of the table), seeds, images, one column
-        per selected hyperparameter, model, weights (the first digits of their sha256: all numbers are conditional on
-        them).
+        over), p_value (two-sided, of no gain), p_holm (adjusted for all gains of the table), seeds, images, interval
+        (what intervals are over: "images and seeds"; "images" where there is one seed), one column per selected
+        hyperparameter, model, weights (the first digits of their sha256: all numbers are conditional on them).
 
         Args:
             measure: what accuracy and gain are of: "top1", "top5" or "mean_per_class".
@@ -152,11 +158,11 @@ class Verification:
         Raises:
             UserError: for another measure.
         """
-        drawn = self._resample(measure)
-        accuracy = drawn.accuracies()
+        found = self._components(measure)
+        accuracy = found.accuracies()
         baselines = [self._baseline(result) for result in self.results]
         known = [row for row, baseline in enumerate(baselines) if baseline is not None]
-        gain = _rows(drawn.differences(known, [b for b in baselines if b is not None]), known, len(self.results))
+        gain = _rows(found.differences(known, [b for b in baselines if b is not None]), known, len(self.results))
         itself = [row for row, baseline in enumerate(baselines) if row == baseline]
         gain.low[itself] = gain.high[itself] = 0.0
         gain.p_value[itself] = np.nan
@@ -180,6 +186,7 @@ class Verification:
                 "p_holm": holm(gain.p_value),
                 "seeds": self.num_seeds,
                 "images": self.num_images,
+                "interval": self.sampled,
             }
         )
         selected = pd.DataFrame([dict(result.hyperparameters) for result in self.results], index=table.index)
@@ -197,14 +204,14 @@ class Verification:
         """Every two results against each other, on the same images and seeds.
 
         Columns: first, second, difference (accuracy of the first less that of the second), ci_low, ci_high (95 %),
-        p_value (two-sided), p_holm (adjusted for all pairs).
+        p_value (two-sided), p_holm (adjusted for all pairs), interval (what intervals are over, as in `table`).
 
         Raises:
             UserError: for another measure than those of `table`.
         """
         pairs = list(itertools.combinations(range(len(self.results)), 2))
         first, second = [one for one, _ in pairs], [other for _, other in pairs]
-        found = self._resample(measure).differences(first, second)
+        found = self._components(measure).differences(first, second)
         return pd.DataFrame(
             {
                 "first": [self.results[row].name for row in first],
@@ -214,6 +221,7 @@ class Verification:
                 "ci_high": found.high,
                 "p_value": found.p_value,
                 "p_holm": holm(found.p_value),
+                "interval": self.sampled,
             }
         )
 
