@@ -61,7 +61,7 @@ def finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Ana
     """
     _require_finite(module, spec.name)
     anatomy = anatomy or find_anatomy(module)
-    transform = model_transform(module, img_size=img_size or anatomy.image_size)
+    transform = model_transform(module, img_size=img_size or anatomy.image_size).for_channels(anatomy.channels)
     return LoadedModel(module, anatomy.layout(transform.size), transform, spec, anatomy)
 
 

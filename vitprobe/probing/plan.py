@@ -19,7 +19,7 @@ from vitprobe.models.anatomy.final_norm import find_final_norm
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model
 from vitprobe.probing.heldout import held_out
-from vitprobe.probing.knn import require_neighbours
+from vitprobe.probing.knn import fitting
 from vitprobe.probing.probe import ProbeSpec
 from vitprobe.probing.protocols import Protocol
 from vitprobe.probing.tap import Tap
@@ -28,6 +28,7 @@ from vitprobe.probing.verification import KIND
 from vitprobe.profile.manifest import new_manifest
 from vitprobe.profile.state import choose_device
 
+MOST_NAMED = 1000  # files that were left out, in the manifest
 TRAINED_DEFAULT = ("cls", "gap", "abmilp", "ep")
 POOLED_DEFAULT = ("cls", "gap")
 
@@ -86,20 +87,6 @@ class Plan:
         """Which training images are held out for selection."""
         return held_out(self.data.train.labels, self.protocol.heldout, self.seed)
 
-    def check_training_images(self) -> None:
-        """Returns where there are enough to select on and to train on.
-
-        Raises:
-            UserError: where nothing can be held out, or k-NN would find fewer neighbours than it is to.
-        """
-        held = self.held_out()
-        if not held.any():
-            raise UserError(
-                f"{self.data.name} has one training image a class: nothing can be held out to select on; give more"
-            )
-        if self.protocol.method == "knn":
-            require_neighbours(int(max(dict(self.protocol.grid)["k"])), int((~held).sum()))
-
     def specs(self) -> list[ProbeSpec]:
         """The probes of a bank: of each result every rate and decay with every seed."""
         protocol = self.protocol
@@ -120,7 +107,9 @@ def make_plan(
     *,
     checkpoint: str | Path | None,
     arch: str | None,
-    img_size: Any,
+    img_size: int | tuple[int, int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     blocks: Sequence[int] | None,
     norm: bool | None,
     dtype: str | None,
@@ -135,12 +124,23 @@ def make_plan(
         UserError: for what cannot be loaded, opened or put together.
     """
     chosen = choose_device(device)
-    labelled = open_labelled(data, seed=seed)
+    opened = open_labelled(data, seed=seed)
     loaded = load_model(model, checkpoint=checkpoint, arch=arch, img_size=img_size)
+    loaded = replace(loaded, transform=loaded.transform.for_channels(loaded.anatomy.channels, mean, std))
+    labelled = opened.for_model(loaded.transform.wanted)
+    remarks = [*labelled.remarks, *labelled.look_at(loaded.spec.name)]
+    if not labelled.normalised:
+        remarks = [*loaded.transform.remarks, *remarks]
+    elif mean is not None or img_size is not None:
+        raise UserError(
+            f"{labelled.name} is taken as normalised for the model already: leave mean, std and img_size out, or give "
+            f"pictures (a folder, files)"
+        )
     undefined: dict[str, str] = {}
     taps = _taps(loaded, blocks, norm, protocol, undefined)
     with FrozenModel(loaded, taps, dtype=dtype, device=chosen) as frozen:
         dim = frozen.dim
+    protocol, dropped = _fitted(protocol, labelled, seed)
     made = _aggregators(loaded, aggregators, protocol, dim, undefined)
     if protocol.method == "cached" and any(each.needs_attention or each.oracle for each in made):
         names = ", ".join(each.name for each in made if each.needs_attention or each.oracle)
@@ -149,6 +149,7 @@ def make_plan(
         )
     manifest = new_manifest(loaded, chosen, arguments) | {
         "kind": KIND,
+        "remarks": [*loaded.remarks, *remarks, *dropped],
         "protocol": protocol.describe(),
         "transform": loaded.transform.describe(),
         "layout": asdict(loaded.layout),
@@ -161,10 +162,15 @@ def make_plan(
             "classes": len(labelled.classes),
             "train": len(labelled.train),
             "test": len(labelled.test),
+            "left_out": list(
+                dict.fromkeys(
+                    name for part in (labelled.train, labelled.test) for names in part.images.left_out for name in names
+                )
+            )[:MOST_NAMED],
         },
     }
     manifest["model"]["by_name"] = isinstance(model, str | Path)
-    plan = Plan(
+    return Plan(
         loaded,
         labelled,
         protocol,
@@ -176,8 +182,28 @@ def make_plan(
         workers,
         manifest,
     )
-    plan.check_training_images()
-    return plan
+
+
+def _fitted(protocol: Protocol, data: LabelledData, seed: int) -> tuple[Protocol, list[str]]:
+    """The protocol with those numbers of neighbours that the training images allow, and what is said of others.
+
+    Raises:
+        UserError: where nothing can be held out, or k-NN has too few images for any of its numbers.
+    """
+    held = held_out(data.train.labels, protocol.heldout, seed)
+    if not held.any():
+        raise UserError(f"{data.name} has one training image a class: nothing can be held out to select on; give more")
+    if protocol.method != "knn":
+        return protocol, []
+    grid, size = dict(protocol.grid), int((~held).sum())
+    fit = fitting([int(k) for k in grid["k"]], size)
+    if len(fit) == len(grid["k"]):
+        return protocol, []
+    said = (
+        f"k is chosen from {', '.join(map(str, fit))} of {', '.join(map(str, grid['k']))}: k-NN searches among {size} "
+        f"training images (held-out ones not counted)"
+    )
+    return replace(protocol, grid=tuple((grid | {"k": fit}).items())), [said]
 
 
 def _taps(
