@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import BinaryIO
+from io import BufferedReader, BytesIO
 
 import numpy as np
 from jaxtyping import Shaped
@@ -16,6 +16,7 @@ TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 LONGEST_ASPECT = 100  # a strip of 1×40,000 pixels, its shorter side made 256, would fill gigabytes
 LUMINANCE = (0.299, 0.587, 0.114)  # of red, green, blue, as Pillow's
 
+ByteStream = BufferedReader | BytesIO
 # A picture of Pillow's in grey or RGB, or an array (height, width, channels) of uint8, uint16 or float32.
 Picture = Image.Image | Shaped[np.ndarray, "height width channel"]
 
@@ -120,7 +121,7 @@ def _ranged(bands: np.ndarray, wanted: Wanted) -> np.ndarray:
     return bands
 
 
-def read_npy(stream: BinaryIO) -> np.ndarray:
+def read_npy(stream: ByteStream) -> np.ndarray:
     """The array in a `.npy` file; nothing that would run code is read.
 
     Raises:
@@ -134,7 +135,7 @@ def read_npy(stream: BinaryIO) -> np.ndarray:
         raise ValueError(f"the .npy file is damaged: {' '.join(str(error).split())}") from None
 
 
-def read_tiff(stream: BinaryIO) -> np.ndarray:
+def read_tiff(stream: ByteStream) -> np.ndarray:
     """All bands of the first picture in a TIFF: samples of one page, or pages of one shape that belong together.
 
     Raises:

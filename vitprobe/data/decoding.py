@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -16,6 +15,7 @@ from vitprobe.data.bands import (
     NPY_MAGIC,
     RGB,
     TIFF_MAGIC,
+    ByteStream,
     ChannelsError,
     Picture,
     Wanted,
@@ -61,7 +61,7 @@ class BadChannelsError(BadImageError):
     """One image whose channels are not those that the model takes."""
 
 
-def decode(stream: BinaryIO, name: str, wanted: Wanted = RGB) -> Picture:
+def decode(stream: ByteStream, name: str, wanted: Wanted = RGB) -> Picture:
     """The first picture in a file, with the channels that are wanted.
 
     The orientation tag of a camera is not applied: timm's and torchvision's own pipelines do not apply it either.
@@ -88,7 +88,7 @@ def decode(stream: BinaryIO, name: str, wanted: Wanted = RGB) -> Picture:
             return to_wanted(image, wanted)
 
 
-def _decode_tiff(stream: BinaryIO, wanted: Wanted) -> Picture:
+def _decode_tiff(stream: ByteStream, wanted: Wanted) -> Picture:
     """By Pillow, or where that would lose bands or bits by tifffile, which lacks some compressions."""
     unread: Exception | None = None
     if wanted.channels not in (1, 3):
@@ -179,7 +179,7 @@ class FileFacts:
     largest: float | None = None
 
 
-def file_facts(stream: BinaryIO) -> FileFacts:
+def file_facts(stream: ByteStream) -> FileFacts:
     """The facts of an image file; of one that cannot be read those of an ordinary one."""
     try:
         with bad_image(""):

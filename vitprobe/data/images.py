@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from vitprobe.data.bands import RGB, Picture, Wanted
+from vitprobe.data.bands import RGB, ByteStream, Picture, Wanted
 from vitprobe.data.decoding import BadImageError, convert, decode
 from vitprobe.data.listing import LeftOut
 from vitprobe.errors import UserError
@@ -67,7 +67,7 @@ class Images(ABC):
             BadImageError: where it cannot be read.
         """
 
-    def open(self, index: int) -> BinaryIO | None:
+    def open(self, index: int) -> ByteStream | None:
         """The file of the image at a position, open; None for what is in no file.
 
         Raises:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from vitprobe.data.bands import Picture, Wanted, picture_of
+from vitprobe.data.bands import ByteStream, Picture, Wanted, picture_of
 from vitprobe.data.decoding import BadImageError
 from vitprobe.data.images import Images, digest
 
@@ -38,7 +37,7 @@ class SubsetImages(Images):
         """As the other source reads it."""
         return self.images.read(self.positions[index])
 
-    def open(self, index: int) -> BinaryIO | None:
+    def open(self, index: int) -> ByteStream | None:
         """As the other source opens it."""
         return self.images.open(self.positions[index])
 

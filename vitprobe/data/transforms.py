@@ -94,7 +94,7 @@ class ImageTransform:
             crop_mode=self.crop_mode,
         )
 
-    def __call__(self, image: Picture) -> Float[Tensor, "channel height width"]:
+    def __call__(self, image: Picture) -> Float[Tensor, "channel out_height out_width"]:
         """The normalised tensor of a picture, float32."""
         if isinstance(image, Image.Image) and image.mode != {1: "L", 3: "RGB"}.get(self.channels):
             image = to_wanted(image, self.wanted)
