@@ -25,6 +25,7 @@ from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.loading import load_model
 from vitprobe.models.tokens import TokenLayout
+from vitprobe.probing.saved import load_probe
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
 from vitprobe.probing.verify import verify
@@ -301,6 +302,22 @@ def test_verify_takes_the_models_channels(tmp_path: Path, channels: int, protoco
     found = verify(vit(channels), tmp_path, ["cls"], protocol=protocol, mean=0.5, std=0.25, device="cpu")
     assert found.num_images == 8
     assert found.manifest["transform"]["mean"] == [0.5] * channels
+
+
+def test_a_saved_probe_prepares_pictures_as_its_run_did(tmp_path: Path) -> None:
+    for part, count in (("train", 12), ("val", 4)):
+        for label in range(2):
+            (tmp_path / "data" / part / f"c{label}").mkdir(parents=True)
+            for number in range(count):
+                x = bands(6, 100 * label + number + 50 * (part == "val"), side=32) // 2 + 120 * label
+                np.save(tmp_path / "data" / part / f"c{label}" / f"{number}.npy", x.astype(np.uint8))
+    model, mean, std = vit(6), [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.2]
+    verify(model, tmp_path / "data", ["cls"], mean=mean, std=std, out=tmp_path / "run", device="cpu")
+    probe = load_probe(next((tmp_path / "run" / "probes").iterdir()), model)
+    np.save(tmp_path / "x.npy", bands(6, side=32))
+    pixels = (bands(6, side=32).astype(np.float64) / 255 - mean) / 0.2
+    tensor = torch.from_numpy(pixels.transpose(2, 0, 1)).float()
+    torch.testing.assert_close(probe.embed(tmp_path / "x.npy"), probe.embed(tensor), rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_tokens_are_measured_with_the_models_channels() -> None:

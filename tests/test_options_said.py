@@ -108,7 +108,7 @@ def test_a_bound_without_auto(folder: Path) -> None:
     assert "dtype_bound=0.001 is for dtype='auto'" in message(caught)
 
 
-# Sizes that are not square ---------------------------------------------------------------------------------------------
+# Sizes that are not square ------------------------------------------------------------
 
 
 def test_a_size_that_is_not_square_on_the_command_line(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from vitprobe.probing.tokens import FrozenModel
 
 FOLDER, FILES = "probes", "*@block*-seed*.safetensors"
 _KEY, _VERSION = "vitprobe_probe", 1
-_GIVEN = ("model", "checkpoint", "arch", "img_size")  # arguments that say which model it was
+_GIVEN = ("model", "checkpoint", "arch", "img_size", "mean", "std")  # arguments that say which model it was
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class LoadedProbe:
 
     @torch.no_grad()
     def _over(self, images: Any, batch_size: int, device: Any, *, classify: bool) -> Tensor:
-        source = open_images(images)
+        source = open_images(images).for_model(self.model.transform.wanted)
         if isinstance(source, StreamImages):
             raise UserError(f"{source.source} is a stream: give a folder, a tar, a list, a tensor or a DataLoader")
         aggregator, tap = self.probe.aggregator, self.spec.tap
@@ -118,7 +118,7 @@ def save_probe(
         "spec": asdict(spec),
         "dim": dim,
         "classes": list(classes),
-        "arguments": {key: manifest["arguments"][key] for key in _GIVEN},
+        "arguments": {key: manifest["arguments"].get(key) for key in _GIVEN},
         **{key: manifest[key] for key in ("model", "protocol", "data", "forward_dtype")},
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
@@ -146,6 +146,8 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
     if model is None and not words["model"]["by_name"]:
         raise UserError(f"{path} was trained on a model given in Python: give the same with load_probe(path, model)")
     loaded = _load_model(words["arguments"], model, checkpoint)
+    mean, std = (words["arguments"].get(key) for key in ("mean", "std"))
+    loaded = replace(loaded, transform=loaded.transform.for_channels(loaded.anatomy.channels, mean, std))
     if weights_sha256(loaded.module) != words["model"]["weights_sha256"]:
         raise UserError(
             f"{path} was trained on other weights of {words['model']['name']} than those of {loaded.spec.name}: give "
