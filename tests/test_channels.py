@@ -44,7 +44,10 @@ def bands(channels: int, seed: int = 0, side: int = 40, dtype: type = np.uint8) 
 
 
 def vit(channels: int) -> nn.Module:
-    return tiny_vit(in_chans=channels)
+    """A tiny model whose pictures are not cropped."""
+    model = tiny_vit(in_chans=channels)
+    model.pretrained_cfg = {"crop_pct": 1.0}
+    return model
 
 
 def file_of(content: np.ndarray) -> io.BytesIO:
@@ -77,7 +80,7 @@ def test_channels_of_patches_that_a_linear_map_embeds() -> None:
 
 @pytest.mark.parametrize("channels", COUNTS)
 def test_tensors_loaders_arrays_and_tiffs_are_analysed_alike(tmp_path: Path, channels: int) -> None:
-    """The reference normalises by hand, and no file is resized: all four ways must give the same numbers."""
+    """The reference normalises by hand, and no picture is resized: all four ways must give the same numbers."""
     model, mean, std = vit(channels), [0.1 * (k % 5) for k in range(channels)], [0.2 + 0.1 * k for k in range(channels)]
     several = [bands(channels, seed, side=32) for seed in range(3)]
     pixels = np.stack([(x.astype(np.float64) / 255 - mean) / std for x in several]).transpose(0, 3, 1, 2)
@@ -103,7 +106,7 @@ def test_tensors_loaders_arrays_and_tiffs_are_analysed_alike(tmp_path: Path, cha
 def test_bands_are_resized_and_cropped_as_pictures_are() -> None:
     """Against torch's own antialiased bicubic, in float64, written out here."""
     x = bands(6, side=50, dtype=np.float32)
-    transform = load_model(vit(6)).transform
+    transform = load_model(tiny_vit(in_chans=6)).transform
     resized, size = transform.resize[0], transform.size[0]
     planes = (torch.from_numpy(x).double().permute(2, 0, 1)[None] - transform.mean[0]) / transform.std[0]
     whole = F.interpolate(planes, (resized, resized), mode="bicubic", antialias=True)
@@ -249,7 +252,7 @@ def test_what_is_normalised_already_takes_no_preparation() -> None:
             ({"transform": "paper"}, "leave transform='paper' out"),
             ({"img_size": 64}, "img_size is 64×64 and the tensors have 32×32 pixels"),
         ):
-            model = tiny_vit(in_chans=6, dynamic_img_size=True, strict_img_size=False)
+            model = tiny_vit(in_chans=6, dynamic_img_size=True)
             with pytest.raises(UserError) as caught:
                 analyze(model, data, **options, **FEW)
             assert words in message(caught)

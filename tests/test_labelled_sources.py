@@ -180,7 +180,7 @@ def rows_of(root: Path, part: str) -> list[tuple[str, str]]:
 def test_a_table_with_splits(tmp_path: Path, delimiter: str, suffix: str, heading: tuple[str, ...] | None) -> None:
     folder_of(tmp_path, train=9, test=6)
     rows = [[file, label, part] for part in ("train", "test") for file, label in rows_of(tmp_path, part)]
-    path = table(tmp_path / f"x.{suffix}", [list(heading)] * (heading is not None) + rows, delimiter)
+    path = table(tmp_path / f"x.{suffix}", ([list(heading)] if heading else []) + rows, delimiter)
     assert_right(open_labelled(str(path)), 9, 6)
 
 

@@ -48,10 +48,24 @@ def test_more_images_than_there_are(folder: Path, kind: str) -> None:
     assert analyze(tiny_vit(), data, num_images=3, **FEW).remarks == []
 
 
+def test_a_verification_of_a_baseline_alone_says_why_it_draws_nothing(tmp_path: Path) -> None:
+    code, output = run("verify", "--model", "mae_vit_nano", "--aggregators", "cls", "--protocol", "knn", "--out",
+                       str(tmp_path / "run"))  # fmt: skip
+    assert code == 0 and "no figure: no model has all that is to be drawn" in output
+    assert "has nothing beside its baseline" in output and (tmp_path / "run" / "accuracy.csv").is_file()
+
+
 def test_more_images_than_there_are_on_the_screen(folder: Path, tmp_path: Path) -> None:
     code, output = run("analyze", "--model", "mae_vit_nano", "--data", str(folder), "--num-images", "500",
                        "--statistic", "cls_entropy", "--out", str(tmp_path / "run"))  # fmt: skip
     assert code == 0 and "note: asked for 500 images; there are 3" in output
+
+
+def test_batches_and_workers_that_cannot_be_as_asked() -> None:
+    (said,) = analyze(tiny_vit(), images(3), batch_size=100, **FEW).remarks
+    assert said == "batch_size 100: a batch is cut at the 64 images of a shard"
+    loader = DataLoader(TensorDataset(images(3)))
+    assert analyze(tiny_vit(), loader, workers=2, **FEW).remarks == ["workers are those of the DataLoader (num_workers)"]
 
 
 def unfinished(tmp_path: Path) -> Path:
@@ -125,7 +139,7 @@ def test_a_size_that_is_not_square_on_the_command_line(folder: Path, tmp_path: P
 
 
 def test_a_size_that_is_not_square_in_python(folder: Path, tmp_path: Path) -> None:
-    model = tiny_vit(dynamic_img_size=True, strict_img_size=False)
+    model = tiny_vit(dynamic_img_size=True)
     wide = analyze(model, folder, img_size=(32, 64), out=tmp_path / "run", **FEW)
     assert wide.layout.grid == (4, 8) and wide.manifest["transform"]["size"] == [32, 64]
     again = analyze(model, folder, img_size=(32, 64), out=tmp_path / "run", resume=True, **FEW)

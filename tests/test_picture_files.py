@@ -46,7 +46,7 @@ def test_every_format_that_pillow_writes_here_is_read(tmp_path: Path) -> None:
             np.testing.assert_array_equal(np.asarray(picture), expected, err_msg=name)
         else:
             assert np.abs(np.asarray(picture).astype(int) - (90, 60, 30)).max() < 20, name
-    assert images.left_out.describe("x") == []
+    assert images.left_out.describe() == []
 
 
 def test_readers_that_start_programs_or_read_nothing_are_left_out() -> None:

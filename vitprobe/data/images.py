@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from vitprobe.data.bands import RGB, ByteStream, Picture, Wanted
 from vitprobe.data.decoding import BadImageError, convert, decode
-from vitprobe.data.listing import LeftOut
+from vitprobe.data.listing import LeftOut, printable
 from vitprobe.errors import UserError
 
 Groups = Sequence[Any] | Callable[[str], Any] | None
@@ -334,11 +334,6 @@ def digest(parts: Iterable[str | bytes]) -> str:
         result.update(len(content).to_bytes(8, "big"))  # so that "a", "bc" differs from "ab", "c"
         result.update(content)
     return result.hexdigest()
-
-
-def printable(name: str) -> str:
-    """A name without line breaks and bytes that are no text, which a message or a manifest could not hold."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

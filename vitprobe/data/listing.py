@@ -14,6 +14,7 @@ from vitprobe.data.decoding import EXTENSIONS
 
 _SYSTEM = frozenset({"__macosx", "thumbs.db", "desktop.ini"})  # what other systems leave beside files
 _NAMED = 5  # files that a remark names
+_LISTED = 1000  # and a manifest
 
 
 class LeftOut(NamedTuple):
@@ -22,18 +23,25 @@ class LeftOut(NamedTuple):
     Attributes:
         others: those that are no images by their names.
         hidden: those that are hidden, and hidden folders, which are not looked into.
+        source: the folder or tar.
     """
 
     others: tuple[str, ...] = ()
     hidden: tuple[str, ...] = ()
+    source: str = ""
 
-    def describe(self, source: str) -> list[str]:
+    @property
+    def names(self) -> list[str]:
+        """All of them, up to a thousand, for a manifest."""
+        return [printable(name) for name in (*self.others, *self.hidden)[:_LISTED]]
+
+    def describe(self) -> list[str]:
         """A remark for the reader, or none."""
         parts = [f"{len(names)} {word(len(names))}: {_some(names)}" for names, word in (
             (self.others, lambda count: "file that is no picture" if count == 1 else "files that are no pictures"),
             (self.hidden, lambda count: "hidden one" if count == 1 else "hidden ones"),
         ) if names]  # fmt: skip
-        return [f"of {source} left out: {'; '.join(parts)}"] if parts else []
+        return [f"of {self.source} left out: {'; '.join(parts)}"] if parts else []
 
 
 class Member(NamedTuple):
@@ -78,7 +86,7 @@ def list_folder(folder: Path) -> tuple[list[str], LeftOut]:
             for name in files:
                 kind = hidden if is_hidden(name) else names if _is_image(name) else others
                 kind.append((within / name).as_posix())
-    return _ordered(names), LeftOut(tuple(sorted(others)), tuple(sorted(hidden)))
+    return _ordered(names), LeftOut(tuple(sorted(others)), tuple(sorted(hidden)), printable(str(folder)))
 
 
 def list_tar(path: Path) -> tuple[list[Member], LeftOut]:
@@ -111,7 +119,12 @@ def list_tar(path: Path) -> tuple[list[Member], LeftOut]:
     with tarfile.open(path, "r:") as tar:
         found = list(listed(tar, "", 0))
     found.sort(key=lambda pair: natural_key(pair[0]))  # as timm, whose order is by the name in the inner tar
-    return [member for _, member in found], LeftOut(tuple(sorted(others)), tuple(sorted(hidden)))
+    return [member for _, member in found], LeftOut(tuple(sorted(others)), tuple(sorted(hidden)), printable(str(path)))
+
+
+def printable(name: str) -> str:
+    """A name without line breaks and bytes that are no text, which a message or a manifest could not hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _is_image(name: str) -> bool:
@@ -124,4 +137,4 @@ def _ordered(names: Iterable[str]) -> list[str]:
 
 
 def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+    return ", ".join(map(printable, names[:_NAMED])) + (", …" if len(names) > _NAMED else "")

@@ -32,7 +32,7 @@ def look_at(images: Images, name: str) -> list[str]:
         return []
     _require_channels(images, name)
     facts = _facts(images)
-    return [*images.left_out.describe(images.source), *_frames(images, facts), *_depth(images, facts)]
+    return [*images.left_out.describe(), *_frames(images, facts), *_depth(images, facts)]
 
 
 def _require_channels(images: Images, name: str) -> None:

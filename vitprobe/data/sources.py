@@ -149,7 +149,7 @@ def _open_tar(path: Path, groups: Groups) -> Images:
 
 def _instead(left_out: LeftOut) -> str:
     """What a place without images holds."""
-    said = [printable(line.partition(": ")[2]) for line in left_out.describe("")]
+    said = [line.partition(" left out: ")[2] for line in left_out.describe()]
     return f" (it holds {said[0]})" if said else ""
 
 

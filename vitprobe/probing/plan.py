@@ -28,7 +28,6 @@ from vitprobe.probing.verification import KIND
 from vitprobe.profile.manifest import new_manifest
 from vitprobe.profile.state import choose_device
 
-MOST_NAMED = 1000  # files that were left out, in the manifest
 TRAINED_DEFAULT = ("cls", "gap", "abmilp", "ep")
 POOLED_DEFAULT = ("cls", "gap")
 
@@ -163,10 +162,8 @@ def make_plan(
             "train": len(labelled.train),
             "test": len(labelled.test),
             "left_out": list(
-                dict.fromkeys(
-                    name for part in (labelled.train, labelled.test) for names in part.images.left_out for name in names
-                )
-            )[:MOST_NAMED],
+                dict.fromkeys(name for part in (labelled.train, labelled.test) for name in part.images.left_out.names)
+            ),
         },
     }
     manifest["model"]["by_name"] = isinstance(model, str | Path)

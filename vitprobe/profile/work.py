@@ -29,8 +29,6 @@ from vitprobe.profile.launch import local_processes, local_rank
 from vitprobe.profile.manifest import new_manifest
 from vitprobe.profile.state import choose_batch_size, choose_device
 
-MOST_NAMED = 1000  # files that were left out, in the manifest
-
 
 @dataclass
 class Work:
@@ -126,14 +124,14 @@ def prepare(
     batch_size = arguments["batch_size"] or choose_batch_size(layout, width, chosen, local_processes())
     manifest = new_manifest(loaded, chosen, arguments) | {
         "batch_size": min(int(batch_size), SHARD_IMAGES),
-        "remarks": [*loaded.remarks, *remarks],
+        "remarks": [*loaded.remarks, *remarks, *_unheeded(images, arguments)],
         "processes": world.size,
         "out_of_memory": [],
         "transform": transform.describe(),
         "data": {
             "source": images.source,
             "images": None,
-            "left_out": [*images.left_out.others, *images.left_out.hidden][:MOST_NAMED],
+            "left_out": images.left_out.names,
             "fingerprint": images.fingerprint(),
             "grouped": groups is not None or images.groups != images.names,  # whether images share groups
             "groups_sha256": None if groups is None else sha256("\0".join(images.groups).encode()).hexdigest(),
@@ -147,6 +145,18 @@ def prepare(
         manifest["data"]["images"] = len(work.order)
         manifest["data"]["shards"] = -(-len(work.order) // SHARD_IMAGES)
     return work
+
+
+def _unheeded(images: Images, arguments: dict[str, Any]) -> list[str]:
+    """What is said of options that a source or a shard leaves no room for."""
+    said = []
+    if (arguments["batch_size"] or 0) > SHARD_IMAGES:
+        said.append(f"batch_size {arguments['batch_size']}: a batch is cut at the {SHARD_IMAGES} images of a shard")
+    if isinstance(images, LoaderImages) and arguments["workers"] is not None:
+        said.append("workers are those of the DataLoader (num_workers)")
+    if isinstance(images, StreamImages) and arguments["num_images"] is not None:
+        said.append(f"{images.source} is a stream, of which the first {arguments['num_images']} images are taken")
+    return said
 
 
 def _require_unprepared(images: Images, arguments: dict[str, Any]) -> None:
