@@ -65,7 +65,9 @@ def test_batches_and_workers_that_cannot_be_as_asked() -> None:
     (said,) = analyze(tiny_vit(), images(3), batch_size=100, **FEW).remarks
     assert said == "batch_size 100: a batch is cut at the 64 images of a shard"
     loader = DataLoader(TensorDataset(images(3)))
-    assert analyze(tiny_vit(), loader, workers=2, **FEW).remarks == ["workers are those of the DataLoader (num_workers)"]
+    assert analyze(tiny_vit(), loader, workers=2, **FEW).remarks == [
+        "workers are those of the DataLoader (num_workers)"
+    ]
 
 
 def unfinished(tmp_path: Path) -> Path:
