@@ -248,9 +248,13 @@ def test_what_a_dataloader_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = {"protocol": "knn", "device": "cpu", "out": tmp_path / "run"}
     with pytest.raises(UserError, match="so a run on it cannot be resumed"):
         verify(tiny_vit(), pair, ["cls"], resume=True, **run)
-    with pytest.raises(UserError, match="leave mean, std and img_size out"):
+    with pytest.raises(UserError, match="leave mean and std out"):
         verify(tiny_vit(), pair, ["cls"], mean=0.5, std=0.5, **run)
     assert not (tmp_path / "run").exists()
+    model = tiny_vit(img_size=64, dynamic_img_size=True)
+    with pytest.raises(UserError, match="have 32×32 pixels, and VisionTransformer takes 64×64: give tensors of that"):
+        verify(model, pair, ["cls"], protocol="logistic", device="cpu")
+    assert verify(model, pair, ["cls"], protocol="logistic", img_size=32, device="cpu").num_images == 10
     bare = DataLoader(TensorDataset(torch.randn(4, 3, 32, 32)), batch_size=2)
     assert "gave no labels with its images" in refusal((bare, bare))
     same = open_labelled((loader(8), loader(8)))  # a try-out

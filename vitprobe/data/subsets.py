@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from PIL import Image
 from torch import Tensor
 
-from vitprobe.data.bands import ByteStream, Picture, Wanted, picture_of
+from vitprobe.data.bands import ByteStream, Picture, Wanted
 from vitprobe.data.decoding import BadImageError
 from vitprobe.data.images import Images, digest
 
@@ -65,7 +66,8 @@ class HeldImages(Images):
         if index in self.bad:
             raise BadImageError(self.names[index], self.bad[index])
         bands = self.pixels[index].permute(1, 2, 0).contiguous().numpy()
-        return picture_of(bands, self.wanted)
+        channels = bands.shape[-1]
+        return bands if channels not in (1, 3) else Image.fromarray(bands[..., 0] if channels == 1 else bands)
 
     def fingerprint(self) -> str:
         """That of the source they were decoded from."""

@@ -130,11 +130,8 @@ def make_plan(
     remarks = [*labelled.remarks, *labelled.look_at(loaded.spec.name)]
     if not labelled.normalised:
         remarks = [*loaded.transform.remarks, *remarks]
-    elif mean is not None or img_size is not None:
-        raise UserError(
-            f"{labelled.name} is taken as normalised for the model already: leave mean, std and img_size out, or give "
-            f"pictures (a folder, files)"
-        )
+    else:
+        _require_prepared(labelled, loaded, mean)
     undefined: dict[str, str] = {}
     taps = _taps(loaded, blocks, norm, protocol, undefined)
     with FrozenModel(loaded, taps, dtype=dtype, device=chosen) as frozen:
@@ -179,6 +176,23 @@ def make_plan(
         workers,
         manifest,
     )
+
+
+def _require_prepared(data: LabelledData, model: LoadedModel, mean: Sequence[float] | None) -> None:
+    """Raises a UserError for tensors that are not of the model's size, or for a normalisation of them."""
+    if mean is not None:
+        raise UserError(
+            f"{data.name} is taken as normalised for the model already: leave mean and std out, or give pictures (a "
+            f"folder, files)"
+        )
+    for part in (data.train, data.test):
+        size = tuple(getattr(part.images.read(0), "shape", ())[-2:])
+        if part.images.normalised and size != model.transform.size:
+            came, takes = (f"{height}×{width}" for height, width in (size, model.transform.size))
+            raise UserError(
+                f"the tensors of {data.name} have {came} pixels, and {model.spec.name} takes {takes}: give tensors of "
+                f"that size, or say theirs with img_size"
+            )
 
 
 def _fitted(protocol: Protocol, data: LabelledData, seed: int) -> tuple[Protocol, list[str]]:
