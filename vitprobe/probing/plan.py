@@ -185,9 +185,9 @@ def _require_prepared(data: LabelledData, model: LoadedModel, mean: Sequence[flo
             f"{data.name} is taken as normalised for the model already: leave mean and std out, or give pictures (a "
             f"folder, files)"
         )
-    for part in (data.train, data.test):
-        size = tuple(getattr(part.images.read(0), "shape", ())[-2:])
-        if part.images.normalised and size != model.transform.size:
+    for images in (part.images for part in (data.train, data.test) if part.images.normalised):
+        size = tuple(getattr(images.read(0), "shape", ())[-2:])
+        if size != model.transform.size:
             came, takes = (f"{height}×{width}" for height, width in (size, model.transform.size))
             raise UserError(
                 f"the tensors of {data.name} have {came} pixels, and {model.spec.name} takes {takes}: give tensors of "
