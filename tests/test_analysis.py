@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from vitprobe.errors import UserError
 from vitprobe.profile.analysis import analyze
 from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
-from vitprobe.profile.state import choose_batch_size, choose_device
+from vitprobe.profile.state import choose_batch_size, choose_device, free_memory
 from vitprobe.statistics import STATISTICS
 
 
@@ -290,18 +291,27 @@ def test_batches_are_sized_to_memory(monkeypatch):
     assert choose_batch_size(large, 1024, cpu) == 1
 
 
-def test_free_memory_is_known_or_assumed_and_within_a_containers_limit(monkeypatch, tmp_path):
-    from vitprobe.profile import state
+def test_free_memory_is_what_is_available_within_a_jobs_limits(monkeypatch, tmp_path):
+    from vitprobe import memory
 
-    assert state.free_memory(torch.device("cpu")) > 2**20
-    monkeypatch.setattr(state, "CGROUP", tmp_path)
-    monkeypatch.delattr(state.os, "sysconf")
-    assert state.free_memory(torch.device("cpu")) == 2 * 2**30
-    (tmp_path / "memory.current").write_text("100\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert state.free_memory(torch.device("cpu")) == 2 * 2**30
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert state.free_memory(torch.device("cpu")) == 900
+    available = SimpleNamespace(available=5000, free=10)  # most of what is not free is cache, and can be had
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: available)
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "OWN_CGROUP", tmp_path / "own")
+    assert free_memory(torch.device("cpu")) == 5000  # no control groups at all
+    (tmp_path / "own").write_text("1:cpu:/old\n0::/job/step\n")
+    assert free_memory(torch.device("cpu")) == 5000  # none with a limit
+    job, step = tmp_path / "job", tmp_path / "job" / "step"
+    step.mkdir(parents=True)
+    for folder, limit, used in ((step, "max", 100), (job, "1000", 300)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+    assert free_memory(torch.device("cpu")) == 700
+    (job / "memory.stat").write_text("anon 50\ninactive_file 200\n")
+    assert free_memory(torch.device("cpu")) == 900
+    (tmp_path / "memory.max").write_text("40")
+    (tmp_path / "memory.current").write_text("60")
+    assert free_memory(torch.device("cpu")) == 0
 
 
 # The run's folder -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,7 +219,7 @@ def nan_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def all_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PROTOCOLS, "knn", KNN)
+    monkeypatch.setitem(PROTOCOLS, "knn", replace(KNN, grid=(("k", (100, 200)), ("temperature", (0.1,)))))
 
 
 def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,13 +229,13 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 SPOILT = (1, 2, 3)
 BAD = {
     "one class": (one_class, [], ["squares has one class only (green): a probe tells at least two apart"]),
-    "other classes": (other_classes, [], ["the classes of squares differ between train and test: red only in train"]),
+    "other classes": (other_classes, [], ["pink of squares is only in test: a probe cannot learn"]),
     "no labels": (no_labels, [], ["loose.png of", "lies in no class folder, so it has no label"]),
     "no data": (nothing, ["--data", "nowhere"], ["nowhere does not exist: labelled data is a folder with train/"]),
     "few images": (
         all_neighbours,
         ["--protocol", "knn"],
-        ["k-NN with k = 200 needs 200 training images", "there are 54"],
+        ["k-NN takes at least 100 training images beside the held-out ones, and there are 54"],
     ),
     "width": (nothing, ["--aggregators", "ep(queries=7)"], ["does not divide the width 128: choose one of 1, 2, 4, 8"]),
     "aggregator": (nothing, ["--aggregators", "cls,abmlip"], ["no aggregator is called 'abmlip'; the nearest: abmilp"]),

@@ -65,7 +65,7 @@ def refusal(data, **options) -> str:
     return message(caught)
 
 
-@pytest.mark.parametrize("test", ["val", "validation", "test"])
+@pytest.mark.parametrize("test", ["val", "valid", "validation", "test"])
 def test_a_folder(tmp_path: Path, test: str) -> None:
     data = open_labelled(write_tree(tmp_path / "pets", {"train": TREE["train"], test: TREE["val"]}))
     assert_is_tree(data)
@@ -161,9 +161,7 @@ def test_refusals(tmp_path: Path) -> None:
     one = write_tree(tmp_path / "one", {"train": ["cat/a.png", "cat/b.png"], "val": ["cat/c.png"]})
     assert refusal(one).startswith("one has one class only (cat)")
     differing = write_tree(tmp_path / "diff", {"train": ["cat/a.png", "dog/a.png"], "val": ["cat/a.png", "cow/a.png"]})
-    assert "dog only in train; cow only in test" in refusal(differing)
-    many = {"train": [f"c{i}/a.png" for i in range(9)], "val": ["c0/a.png"]}
-    assert "c1, c2, c3, c4, c5 … only in train" in refusal(write_tree(tmp_path / "many", many))
+    assert "cow of diff is only in test: a probe cannot learn a class without training images" in refusal(differing)
     flat = write_tree(tmp_path / "flat", {"train": ["a.png"], "val": ["b.png"]})
     assert "a.png of" in refusal(flat) and "lies in no class folder" in refusal(flat)
     mixed = write_tree(tmp_path / "mixed", {"train": ["cat/a.png", "b.png"], "val": ["cat/b.png"]})
@@ -186,6 +184,13 @@ def test_refusals(tmp_path: Path) -> None:
     assert "given as 1 things" in refusal([tar])
     assert "from a int" in refusal(7)
     assert "path of the images is empty" in refusal("")
+
+
+def test_a_test_set_may_lack_classes_and_that_is_said(tmp_path: Path) -> None:
+    many = {"train": [f"c{i}/a.png" for i in range(9)], "val": ["c3/b.png"]}
+    data = open_labelled(write_tree(tmp_path / "many", many))
+    assert (len(data.classes), data.test.labels.tolist()) == (9, [3])
+    assert data.remarks == ("the test images of many lack 8 of its 9 classes: c0, c1, c2, c4, c5 …",)
 
 
 def test_small_pictures_of_one_size_are_decoded_once(tmp_path: Path) -> None:

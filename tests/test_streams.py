@@ -64,7 +64,7 @@ def tars(tmp_path_factory) -> Path:
 
 
 BAD = [
-    ("set-000.tar/00003", "not a PNG, JPEG, WebP, BMP, TIFF, GIF or PPM image"),
+    ("set-000.tar/00003", "not an image that Pillow reads here"),
     ("set-000.tar/00070", "its sample holds no image"),
 ]
 NAMES = [f"set-{part:03d}.tar/{i:05d}" for part, count in enumerate(COUNTS) for i in range(count)]

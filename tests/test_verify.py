@@ -84,7 +84,7 @@ def test_each_method_writes_a_whole_folder(tmp_path: Path, method: str) -> None:
     assert manifest["model"]["weights_sha256"] == weights_sha256(model)
     assert manifest["data"] == {
         **{"name": "squares", "fingerprint": data.fingerprint, "groups_sha256": None, "skipped": []},
-        **{"classes": 3, "train": 60, "test": 24},
+        **{"classes": 3, "train": 60, "test": 24, "left_out": []},
     }
     assert manifest["diverged"] == {} and manifest["undefined"] == {}
     assert manifest["arguments"]["protocol"] == f"{protocol.name} ({protocol.digest})"
@@ -337,8 +337,8 @@ BAD = {
     "device": ({"device": "gpu"}, "device gpu cannot be used"),
     "both": ({"resume": True, "overwrite": True}, "--resume goes on with a run, and --overwrite starts anew"),
     "k": (
-        {"protocol": replace(KNN, grid=(("k", (5, 200)), ("temperature", (0.1,))))},
-        "k-NN with k = 200 needs 200 training images to search, there are 54 (held-out ones not counted)",
+        {"protocol": replace(KNN, grid=(("k", (100, 200)), ("temperature", (0.1,))))},
+        "k-NN takes at least 100 training images beside the held-out ones, and there are 54",
     ),
     "few": ({"data": squares(1, 1)}, "squares has one training image a class: nothing can be held out to select on"),
     "few_knn": ({"data": squares(1, 1), "protocol": KNN}, "squares has one training image a class: nothing can be"),

@@ -127,7 +127,7 @@ WORDS = {
 def benchmark(
     model: str,
     *,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     batch_size: int = 8,
     rounds: int = 7,
     device: str = "cpu",
@@ -140,7 +140,7 @@ def benchmark(
 
     Args:
         model: a name that `load_model` takes.
-        img_size: pixels a side; the model's own by default.
+        img_size: a side in pixels or (height, width); the model's own by default.
         batch_size: images in the batch.
         rounds: pairs of timings, after one that warms up.
         device: "cpu" or "cuda".
@@ -223,12 +223,14 @@ def _suitable(loaded: LoadedModel) -> list[str]:
     return ways
 
 
-def _set_up(model: str, img_size: int | None, batch_size: int, device: str, way: str) -> tuple[nn.Module, Tensor]:
+def _set_up(
+    model: str, img_size: int | tuple[int, int] | None, batch_size: int, device: str, way: str
+) -> tuple[nn.Module, Tensor]:
     """The model and the images; in the way of transformers its own ViT of the same sizes."""
     torch.manual_seed(0)
     loaded = load_model(model, img_size=img_size, pretrained=False)
     module = _of_transformers(loaded) if way == "output_attentions" else loaded.module
-    images = torch.randn(batch_size, 3, *loaded.transform.size, device=device)
+    images = torch.randn(batch_size, loaded.anatomy.channels, *loaded.transform.size, device=device)
     return module.to(device).eval(), images
 
 
@@ -297,7 +299,13 @@ def in_a_fresh_process(function: Callable[..., float | None], *arguments: Any) -
 
 
 def _peak_in_this_process(
-    model: str, img_size: int | None, batch_size: int, device: str, autocast: str | None, of: str, way: str
+    model: str,
+    img_size: int | tuple[int, int] | None,
+    batch_size: int,
+    device: str,
+    autocast: str | None,
+    of: str,
+    way: str,
 ) -> float | None:
     """The peak of `way`, with the model that the way `of` is measured with."""
     return peak_of(*_set_up(model, img_size, batch_size, device, of), way, autocast)

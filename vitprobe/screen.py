@@ -32,7 +32,7 @@ def profile_table(profile: Profile) -> str:
         columns[HEADINGS.get(name, name) + about] = [
             f"{center:.4f} [{low:.4f}, {high:.4f}]" if known else f"{center:.4f}" for center, low, high, known in cells
         ]
-    images = f"{profile.num_images} image{'s' * (profile.num_images != 1)}"
+    images = profile.unfinished or f"{profile.num_images} image{'s' * (profile.num_images != 1)}"
     if profile.num_groups != profile.num_images:
         images += f" in {profile.num_groups} independent groups"
     title = f"{profile.name} ({profile.paradigm}), {images}; mean over heads [95 % interval]"

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from vitprobe.cli.options import SomePath, SomeText, which_models, which_way
+from vitprobe.cli.options import SomePath, SomeText, what_images, which_models, which_way
 from vitprobe.cli.runs import choose_runs, earlier_figures, say_remarks, say_skipped
 from vitprobe.errors import UserError
 from vitprobe.profile.launch import launched, rank
@@ -21,10 +21,11 @@ from vitprobe.screen import how, profile_table, wrapped
     "--data",
     type=SomeText(),
     metavar="PATH",
-    help="A folder, a tar, one image; wds:…, hfds:…, hfids:… for big sets (docs/scaling.md).  [packaged photographs]",
+    help="A folder, a tar, one image, a .npy; wds:…, hfds:…, hfids:… for big sets (docs/scaling.md).  "
+    "[packaged photographs]",
 )
 @click.option("--num-images", type=click.IntRange(min=1), metavar="N", help="Analyse N images, drawn at random.  [all]")
-@click.option("--img-size", type=click.IntRange(min=1), metavar="S", help="Input size in pixels.  [the model's own]")
+@what_images
 @click.option(
     "--transform",
     type=click.Choice(["model", "paper"]),

@@ -7,13 +7,13 @@ from typing import Any
 
 import click
 
-from vitprobe.cli.options import SomePath, SomeText
+from vitprobe.cli.options import ImageSize, SomePath, SomeText
 from vitprobe.errors import UserError
 
 
 @click.command("bench", short_help="Measure what seeing attention costs on this machine.")
 @click.option("--model", type=SomeText(), default="vit_base_patch16_224", show_default=True, help="Any model by name.")
-@click.option("--img-size", type=click.IntRange(min=1), help="Pixels a side; the model's own by default.")
+@click.option("--img-size", type=ImageSize(), metavar="S", help="A side, or HEIGHTxWIDTH; the model's own by default.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True, help="Images in a batch.")
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Pairs of timings.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A CUDA GPU where there is one by default.")

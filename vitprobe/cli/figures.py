@@ -36,5 +36,8 @@ def command(runs: tuple[Path, ...], out: Path, statistics: tuple[str, ...]) -> N
         drawn = [path for name in statistics for path in save_figure(statistic(profiles, name), out / name)]
     else:
         drawn = save_paper_figures(profiles, out)
+    for run, profile in zip(runs, profiles, strict=True):
+        if profile.unfinished is not None:
+            click.echo(f"note: {run} is not complete: {profile.unfinished}")
     for path in drawn:
         click.echo(path)

@@ -34,6 +34,59 @@ class SomeText(click.ParamType):
         return value
 
 
+class ImageSize(click.ParamType):
+    """A side in pixels, or HEIGHTxWIDTH."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | tuple[int, int]:
+        """The side, or (height, width)."""
+        if not isinstance(value, str):
+            return value
+        sides = value.lower().replace("×", "x").split("x")
+        if len(sides) > 2 or not all(side.strip().isdecimal() and int(side) > 0 for side in sides):
+            self.fail(f"{value!r} is no size in pixels; write 224, or HEIGHTxWIDTH such as 224x448", param, ctx)
+        return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+class Numbers(click.ParamType):
+    """Numbers with commas between them."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        """The numbers."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return [float(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} holds what is no number; write 0.5, or one for each channel: 0.4,0.5,0.6", param, ctx)
+
+
+def what_images(command: Callable) -> Callable:
+    """The options that say how pictures become what the model takes."""
+    for option in (
+        click.option(
+            "--std", type=Numbers(), metavar="X,…", help="What each channel is divided by, one value or one each."
+        ),
+        click.option(
+            "--mean",
+            type=Numbers(),
+            metavar="X,…",
+            help="Subtracted from each channel, in 0..1; above 1 in the files' own values.  [the model's own]",
+        ),
+        click.option(
+            "--img-size",
+            type=ImageSize(),
+            metavar="S",
+            help="Input size in pixels: a side, or HEIGHTxWIDTH.  [the model's own]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
 def which_models(command: Callable) -> Callable:
     """The options that say what to load."""
     for option in (

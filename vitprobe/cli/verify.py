@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitprobe.cli.options import SomePath, SomeText, which_models, which_way
+from vitprobe.cli.options import SomePath, SomeText, what_images, which_models, which_way
 from vitprobe.cli.runs import choose_runs, earlier_figures, say_remarks, say_skipped
 from vitprobe.errors import UserError
 
@@ -23,7 +23,8 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
     "--data",
     type=SomeText(),
     metavar="PATH",
-    help="A folder with train/ and val/, tars of that shape, or TRAIN,TEST.  [scikit-learn's handwritten digits]",
+    help="A folder with train/ and val/, tars so, a .csv of files and labels, hfds:…, wds:…, or TRAIN,TEST.  "
+    "[scikit-learn's handwritten digits]",
 )
 @click.option(
     "--aggregators",
@@ -43,7 +44,7 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
     "--block", "blocks", type=int, multiple=True, metavar="N", help="Read this block's tokens; repeatable.  [the last]"
 )
 @click.option("--norm/--no-norm", default=None, help="With the model's final norm on the tokens.  [the protocol's]")
-@click.option("--img-size", type=click.IntRange(min=1), metavar="S", help="Input size in pixels.  [the model's own]")
+@what_images
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),

@@ -86,7 +86,7 @@ def _between(draw: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 class AugmentedImages(Images):
-    """The pictures of another source, augmented, as normalised tensors `(3, height, width)`."""
+    """The images of another source, augmented, as normalised tensors `(channels, height, width)`."""
 
     def __init__(
         self, images: Images, augmentation: Augmentation, transform: ImageTransform, seed: int, epoch: int
@@ -94,11 +94,13 @@ class AugmentedImages(Images):
         self.source, self.names, self.groups = images.source, images.names, images.groups
         self.images, self.augmentation, self.transform = images, augmentation, transform
         self.seed, self.epoch = seed, epoch
+        self.wanted = images.wanted
 
-    def read(self, index: int) -> Float[Tensor, "3 height width"]:
-        """The crop of the picture at a position."""
+    def read(self, index: int) -> Float[Tensor, "channel height width"]:
+        """The crop of the image at a position."""
         picture = self.images.read(index)
-        assert isinstance(picture, Image.Image)  # labelled images are files or pictures
+        if not isinstance(picture, Image.Image):
+            return self._of_tensor(picture if isinstance(picture, Tensor) else self.transform.normalise(picture), index)
         drawn = draw_crops(self.augmentation, [index], picture.height, picture.width, self.seed, self.epoch)
         top, left, height, width, flipped = (part.item() for part in drawn)
         # cropped before it is resized: the picture around it is not looked at
@@ -106,14 +108,23 @@ class AugmentedImages(Images):
         crop = crop.resize((self.transform.size[1], self.transform.size[0]), Image.Resampling.BICUBIC)
         if flipped:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return _normalise(torch.from_numpy(np.array(crop)).permute(2, 0, 1).float(), self.transform).contiguous()
+        shades = np.atleast_3d(np.array(crop))  # of a grey picture there is no axis of channels
+        return _normalise(torch.from_numpy(shades).permute(2, 0, 1).float(), self.transform).contiguous()
+
+    def _of_tensor(self, pixels: Float[Tensor, "channel height width"], index: int) -> Tensor:
+        """The same crop of what is normalised already, in float and with torch's resizing."""
+        drawn = draw_crops(self.augmentation, [index], pixels.shape[-2], pixels.shape[-1], self.seed, self.epoch)
+        top, left, height, width, flipped = (part.item() for part in drawn)
+        crop = pixels[None, :, top : top + height, left : left + width].float()
+        crop = F.interpolate(crop, self.transform.size, mode="bicubic", antialias=True)[0]
+        return (crop.flip(-1) if flipped else crop).contiguous()
 
     def fingerprint(self) -> str:
         """That of the pictures."""
         return self.images.fingerprint()
 
 
-def only_enlarged(pixels: UInt8[Tensor, "n 3 height width"], size: tuple[int, int]) -> bool:
+def only_enlarged(pixels: UInt8[Tensor, "n channel height width"], size: tuple[int, int]) -> bool:
     """Whether `augment_held` takes these pictures: small ones, none of whose crops shrinks.
 
     Where one does, Pillow's versions differ in the direction that they resize first, which rounding makes matter.
@@ -123,20 +134,20 @@ def only_enlarged(pixels: UInt8[Tensor, "n 3 height width"], size: tuple[int, in
 
 
 def augment_held(
-    pixels: UInt8[Tensor, "n 3 height width"],
+    pixels: UInt8[Tensor, "n channel height width"],
     indices: Sequence[int],
     augmentation: Augmentation,
     transform: ImageTransform,
     seed: int,
     epoch: int,
-) -> Float[Tensor, "batch 3 out_height out_width"]:
+) -> Float[Tensor, "batch channel out_height out_width"]:
     """What `AugmentedImages` reads at these positions of a set held in memory that is `only_enlarged`, all at once.
 
     Before normalisation a value may differ by 1 of 255, where rounding fell on the other side.
     """
-    height, width = pixels.shape[-2:]
+    channels, height, width = pixels.shape[1:]
     crops = draw_crops(augmentation, indices, height, width, seed, epoch)
-    step = max(1, BATCH_NUMBERS // (3 * max(height, transform.size[0]) * max(width, transform.size[1])))
+    step = max(1, BATCH_NUMBERS // (channels * max(height, transform.size[0]) * max(width, transform.size[1])))
     parts = [
         _resized(pixels[part], Crops(*(value[start : start + step] for value in crops)), transform.size)
         for start, part in zip(range(0, len(indices), step), torch.tensor(indices).split(step), strict=True)
@@ -144,16 +155,16 @@ def augment_held(
     return _normalise(torch.cat(parts) if len(parts) > 1 else parts[0], transform)
 
 
-def _resized(pixels: UInt8[Tensor, "batch 3 height width"], crops: Crops, size: tuple[int, int]) -> Tensor:
+def _resized(pixels: UInt8[Tensor, "batch channel height width"], crops: Crops, size: tuple[int, int]) -> Tensor:
     """The crops at one size, 0 to 255 in whole numbers: across first, then down, rounded after each as Pillow does."""
-    batch, _, height, width = pixels.shape
+    batch, channels, height, width = pixels.shape
     across = _weights(width, size[1])[crops.width, :, width - crops.left]
     across = torch.where(torch.from_numpy(crops.flipped)[:, None, None], across.flip(1), across)
     down = _weights(height, size[0])[crops.height, :, height - crops.top]
     wide = _rounded(torch.bmm(pixels.float().flatten(1, 2), across.mT))
-    wide = wide.view(batch, 3, height, size[1]).transpose(1, 2).reshape(batch, height, -1)  # (B, height, 3·out)
+    wide = wide.view(batch, channels, height, size[1]).transpose(1, 2).reshape(batch, height, -1)  # (B, height, C·out)
     tall = _rounded(torch.bmm(down, wide))
-    return tall.view(batch, size[0], 3, size[1]).transpose(1, 2).contiguous()
+    return tall.view(batch, size[0], channels, size[1]).transpose(1, 2).contiguous()
 
 
 def _rounded(values: Tensor) -> Tensor:
@@ -180,6 +191,6 @@ def _weights(side: int, size: int) -> Float[Tensor, "length size shift side"]:
 
 
 def _normalise(pixels: Tensor, transform: ImageTransform) -> Tensor:
-    """Values of 0 to 255, `(…, 3, H, W)`, as the model expects them."""
+    """Values of 0 to 255, `(…, C, H, W)`, as the model expects them."""
     mean, std = (torch.tensor(part)[:, None, None] for part in (transform.mean, transform.std))
-    return pixels.div_(255).sub_(mean).div_(std)
+    return pixels.div_(1 if transform.stored else 255).sub_(mean).div_(std)

@@ -42,7 +42,7 @@ class Batch:
         ends: whether it is the last of its part of a stream.
     """
 
-    pixels: Float[Tensor, "batch 3 height width"]
+    pixels: Float[Tensor, "batch channel height width"]
     indices: list[int]
     names: list[str]
     groups: list[str]
@@ -106,7 +106,8 @@ def iterate(
     Args:
         images: the source.
         order: positions in it.
-        transform: from an RGB picture to a float tensor (3, height, width); images that are tensors already pass it by.
+        transform: from a picture to a float tensor (channels, height, width); images that are tensors already pass it
+            by.
         batch_size: images a batch, at least 1; bad images leave a batch smaller (possibly empty).
         workers: processes that read ahead; 0 reads here.
         pin_memory: put the pixels into page-locked memory, for copies to a GPU.
@@ -148,7 +149,7 @@ def load(
         _Items(images, order, transform),
         batch_sampler=batches,  # type: ignore[arg-type]  # ranges do as well as lists
         num_workers=workers,
-        collate_fn=partial(collate, empty_size=getattr(transform, "size", (0, 0))),
+        collate_fn=partial(collate, shape=shape_of(images, transform)),
         pin_memory=pin_memory,
         multiprocessing_context=start_method if workers else None,
         generator=torch.Generator(),  # its own, or each pass would advance the caller's random numbers
@@ -159,7 +160,7 @@ def load(
 def iterate_loader(loader: DataLoader | LoaderImages) -> Generator[Batch, None, None]:
     """The batches of a user's DataLoader, whose images are normalised already.
 
-    A batch may be a tensor (n, 3, height, width), a tuple or list that begins with it, or a dict with it under
+    A batch may be a tensor (n, channels, height, width), a tuple or list that begins with it, or a dict with it under
     "pixel_values", "image" or "images". Names are running numbers.
 
     Raises:
@@ -182,8 +183,19 @@ def default_workers(n_images: int | None, cores: int | None = None, processes: i
     return max(1, min(cores // processes - 1, MOST_WORKERS))
 
 
-def collate(items: list[Item], empty_size: tuple[int, int]) -> Batch | UserError:
-    """A batch of the good items; an error is handed over as a value (see `_Items`)."""
+def shape_of(images: Images, transform: Callable[[Any], Tensor]) -> tuple[int, int, int]:
+    """Channels, height and width of what a transform makes of some images; sides of 0 where it does not say."""
+    height, width = getattr(transform, "size", (0, 0))
+    return images.wanted.channels, height, width
+
+
+def collate(items: list[Item], shape: tuple[int, int, int]) -> Batch | UserError:
+    """A batch of the good items; an error is handed over as a value (see `_Items`).
+
+    Args:
+        items: what a worker made of each image.
+        shape: channels that each image must have, and height and width of a batch without images.
+    """
     good = [item for item in items if isinstance(item.result, Tensor)]
     bad = [item for item in items if isinstance(item.result, BadImageError)]
     pixels: list[Tensor] = []
@@ -192,14 +204,14 @@ def collate(items: list[Item], empty_size: tuple[int, int]) -> Batch | UserError
         if isinstance(image, BadImageError):
             continue
         if not isinstance(image, Tensor):
-            return _not_an_image(item, f"a {type(image).__name__}")
-        if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
-            return _not_an_image(item, _described(image))
+            return _not_an_image(item, f"a {type(image).__name__}", shape[0])
+        if image.ndim != 3 or image.shape[0] != shape[0] or not image.is_floating_point():
+            return _not_an_image(item, _described(image), shape[0])
         pixels.append(image)
         if image.shape != pixels[0].shape:
             return _size_error(item.name, image, pixels[0])
     return Batch(
-        pixels=torch.stack(pixels).float() if pixels else torch.zeros(0, 3, *empty_size),
+        pixels=torch.stack(pixels).float() if pixels else torch.zeros(0, *shape),
         indices=[item.index for item in good],
         names=[item.name for item in good],
         groups=[item.group for item in good],
@@ -236,7 +248,7 @@ def _next(batches: Iterator[Batch | UserError]) -> Batch | UserError | None:
 def _loader_batches(images: LoaderImages) -> Generator[Batch, None, None]:
     start = 0
     for given in images.loader:
-        pixels = _pixels(given)
+        pixels = pixels_of(given, images.wanted.channels)
         indices = list(range(start, start + len(pixels)))
         start += len(pixels)
         yield Batch(
@@ -247,8 +259,12 @@ def _loader_batches(images: LoaderImages) -> Generator[Batch, None, None]:
         )
 
 
-def _pixels(given: Any) -> Float[Tensor, "batch 3 height width"]:
-    """The images in what a user's DataLoader gave."""
+def pixels_of(given: Any, channels: int | None) -> Float[Tensor, "batch channel height width"]:
+    """The images in what a user's DataLoader gave, of so many channels (of any number for None).
+
+    Raises:
+        UserError: for anything else.
+    """
     came = f"a {type(given).__name__}"
     found: Any = given
     if isinstance(given, Mapping):
@@ -258,11 +274,12 @@ def _pixels(given: Any) -> Float[Tensor, "batch 3 height width"]:
         came = f"a {type(given).__name__} of {', '.join(type(part).__name__ for part in given) or 'nothing'}"
         found = given[0] if given else None
     if isinstance(found, Tensor):
-        if found.ndim == 4 and found.shape[1] == 3 and found.is_floating_point():
+        if found.ndim == 4 and channels in (None, found.shape[1]) and found.is_floating_point():
             return found.detach()
         came = _described(found)
+    shape = f"(n, {channels or 'channels'}, height, width)"
     raise UserError(
-        f"the DataLoader gave {came}: a batch is a float tensor (n, 3, height, width), normalised for the model, "
+        f"the DataLoader gave {came}: a batch is a float tensor {shape}, normalised for the model, "
         f"a tuple or list that begins with it, or a dict with it under {', '.join(map(repr, BATCH_KEYS))}"
     )
 
@@ -286,8 +303,10 @@ def _size_error(name: str, image: Tensor, first: Tensor) -> UserError:
     )
 
 
-def _not_an_image(item: Item, came: str) -> UserError:
-    return UserError(f"the transform made {came} of image {item.name}: it must give a float tensor (3, height, width)")
+def _not_an_image(item: Item, came: str, channels: int) -> UserError:
+    return UserError(
+        f"the transform made {came} of image {item.name}: it must give a float tensor ({channels}, height, width)"
+    )
 
 
 def _described(tensor: Tensor) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from timm.data.readers.reader_factory import create_reader
 
+from vitprobe.data.bands import Picture
 from vitprobe.data.decoding import BadImageError, decode
 from vitprobe.data.images import Groups, Images, digest, printable
 from vitprobe.data.streams import Sample, StreamImages, require, whole_part
 from vitprobe.errors import UserError
 
+LABELS = ("label", "labels", "fine_label", "class", "target", "cls")  # columns that may hold a class
 NAMES = ("file_name", "filename", "id", "image_id", "__key__")  # columns that name an image, as in timm
 SPLIT = "train"  # as timm, and what a set without splits is called
 
@@ -29,9 +31,13 @@ class HubImages(Images):
         names = [str(row) if path is None else Path(path).name for row, path in enumerate(paths)]
         super().__init__(source, names, groups)
 
-    def read(self, index: int) -> Image.Image:
-        """The picture of a row, as RGB."""
-        return decode(BytesIO(_content(self.dataset[index][self.column], self.names[index])), self.names[index])
+    def read(self, index: int) -> Picture:
+        """The picture of a row."""
+        return decode(self.open(index), self.names[index], self.wanted)
+
+    def open(self, index: int) -> BytesIO:
+        """The file in a row."""
+        return BytesIO(_content(self.dataset[index][self.column], self.names[index]))
 
     def fingerprint(self) -> str:
         """sha256 over names and byte sizes."""
@@ -50,14 +56,17 @@ class HubStreamImages(StreamImages):
 
     def samples(self, part: int) -> Generator[Sample, None, None]:
         """The rows of a part."""
+        column = _label_column(self.dataset.features or {})
+        names = class_names(self.dataset.features, column) if column else None
         with whole_part(f"part {part} of {self.source}"):
             for row, sample in enumerate(self.dataset.shard(num_shards=self.parts, index=part)):
                 said = next((sample[key] for key in NAMES if sample.get(key) is not None), row)
                 name = printable(f"{part}/{said}")
+                label = names([sample[column]])[0] if names and sample.get(column) is not None else None
                 try:
-                    yield Sample(name, _content(sample[self.column], name))
+                    yield Sample(name, _content(sample[self.column], name), label=label)
                 except BadImageError as error:
-                    yield Sample(name, None, error.reason)
+                    yield Sample(name, None, error.reason, label)
 
     def fingerprint(self) -> str:
         """sha256 over the source, its parts and what the set says of itself."""
@@ -71,13 +80,21 @@ def open_hub(spec: str, groups: Groups, streamed: bool) -> Images:
     Raises:
         UserError: without the package datasets, for a set that cannot be loaded, or one without a column of images.
     """
-    require("datasets", "hfids:…" if streamed else "hfds:…")
-    import datasets
-
     name, _, split = spec.partition("#")
     split = split or SPLIT
     shown = f"{'hfids' if streamed else 'hfds'}:{printable(spec)}"
-    try:
+    with _one_line(shown):
+        import datasets
+
+        if _is_saved(name):
+            dataset = _saved(name, split)
+            column = _image_column(dataset.features, shown)
+            dataset = dataset.cast_column(column, datasets.Image(decode=False))
+            if streamed:
+                return HubStreamImages(shown, dataset.to_iterable_dataset(), column, groups)
+            return HubImages(
+                shown, dataset.flatten_indices() if dataset._indices is not None else dataset, column, groups
+            )
         stream: Any = datasets.load_dataset_builder(name).as_streaming_dataset(split=split)
         column = _image_column(stream.features, shown)
         if streamed:
@@ -87,6 +104,70 @@ def open_hub(spec: str, groups: Groups, streamed: bool) -> Images:
             return HubStreamImages(shown, stream.cast_column(column, datasets.Image(decode=False)), column, groups)
         reader = create_reader(f"hfds/{name}", split=split, input_key=column)
         return HubImages(shown, reader.dataset, column, groups)
+    raise AssertionError  # the context lets no error pass
+
+
+def split_names(name: str, shown: str) -> list[str]:
+    """The splits that a data set has; none where it was saved without.
+
+    Raises:
+        UserError: as `open_hub`.
+    """
+    with _one_line(shown):
+        import datasets
+
+        if _is_saved(name):
+            saved = datasets.load_from_disk(name)
+            return list(map(str, saved)) if isinstance(saved, datasets.DatasetDict) else []
+        return list(map(str, datasets.get_dataset_split_names(name)))
+    raise AssertionError  # the context lets no error pass
+
+
+def label_column(features: Any, shown: str) -> str:
+    """The column of classes: the first of a data set's own kind for them, or one with a usual name.
+
+    Raises:
+        UserError: where there is none.
+    """
+    column = _label_column(features)
+    if column is None:
+        raise UserError(f"{shown} has no column of labels (a ClassLabel, or {', '.join(LABELS)}); it has "
+                        f"{', '.join(features)}")  # fmt: skip
+    return column
+
+
+def class_names(features: Any, column: str) -> Callable[[Any], list[str]]:
+    """Values of a column of labels → the names of their classes."""
+    names = getattr((features or {}).get(column), "names", None)
+    return lambda values: [names[value] if names and value >= 0 else str(value) for value in values]
+
+
+def _label_column(features: Any) -> str | None:
+    import datasets
+
+    own = (key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel))
+    return next(own, None) or next((name for name in LABELS if name in features), None)
+
+
+def _is_saved(name: str) -> bool:
+    """Whether a folder was written by `save_to_disk`."""
+    return any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json"))
+
+
+def _saved(name: str, split: str) -> Any:
+    """A split of a data set that was written by `save_to_disk`; of one without splits all of it."""
+    import datasets
+
+    found = datasets.load_from_disk(name)
+    return found[split] if isinstance(found, datasets.DatasetDict) else found
+
+
+@contextmanager
+def _one_line(shown: str) -> Iterator[None]:
+    """Whatever `datasets` raises as a UserError."""
+    require("datasets", f"{shown.partition(':')[0]}:…")
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # whatever the hub, a disk, or a table has to say

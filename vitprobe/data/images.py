@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from vitprobe.data.bands import RGB, ByteStream, Picture, Wanted
 from vitprobe.data.decoding import BadImageError, convert, decode
+from vitprobe.data.listing import LeftOut, printable
 from vitprobe.errors import UserError
 
 Groups = Sequence[Any] | Callable[[str], Any] | None
@@ -28,7 +31,14 @@ class Images(ABC):
         source: where they come from, to print.
         names: one distinct, printable, stable name an image (the path inside its folder or tar; else a number).
         groups: what each image was taken from - the unit of every interval; by default the image's own name.
+        wanted: what the model takes of a picture; RGB until `for_model`.
+        normalised: whether the images are tensors that are normalised already.
+        left_out: files that were there and are not among the images.
     """
+
+    wanted: Wanted = RGB
+    normalised: bool = False
+    left_out: LeftOut = LeftOut()
 
     def __init__(self, source: str, names: Iterable[str], groups: Groups = None) -> None:
         self.source = printable(source)
@@ -39,13 +49,31 @@ class Images(ABC):
         """How many images there are, readable or not."""
         return len(self.names)
 
+    def for_model(self, wanted: Wanted) -> Images:
+        """The same images with the channels that a model takes.
+
+        Raises:
+            UserError: for tensors of another number of channels.
+        """
+        again = copy.copy(self)
+        again.wanted = wanted
+        return again
+
     @abstractmethod
-    def read(self, index: int) -> Image.Image | Float[Tensor, "3 height width"]:
-        """The image at a position: an RGB picture, or a tensor that is normalised already.
+    def read(self, index: int) -> Picture | Float[Tensor, "channel height width"]:
+        """The image at a position: a picture with the channels that are wanted, or a tensor, normalised already.
 
         Raises:
             BadImageError: where it cannot be read.
         """
+
+    def open(self, index: int) -> ByteStream | None:
+        """The file of the image at a position, open; None for what is in no file.
+
+        Raises:
+            BadImageError: where it cannot be opened.
+        """
+        return None
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -59,9 +87,14 @@ class FileImages(Images):
         super().__init__(source, names, groups)
         self.paths = list(paths)
 
-    def read(self, index: int) -> Image.Image:
-        """The picture in a file, as RGB."""
-        return _read_file(self.paths[index], self.names[index])
+    def read(self, index: int) -> Picture:
+        """The picture in a file."""
+        with self.open(index) as file:
+            return decode(file, self.names[index], self.wanted)
+
+    def open(self, index: int) -> BufferedReader:
+        """The file."""
+        return _open_file(self.paths[index], self.names[index])
 
     def fingerprint(self) -> str:
         """sha256 over names and byte sizes."""
@@ -81,17 +114,20 @@ class TarImages(Images):
         self.path = path
         self.places = list(places)
 
-    def read(self, index: int) -> Image.Image:
-        """The picture in a member of the tar, as RGB."""
+    def read(self, index: int) -> Picture:
+        """The picture in a member of the tar."""
+        return decode(self.open(index), self.names[index], self.wanted)
+
+    def open(self, index: int) -> BytesIO:
+        """The member's content."""
         start, size = self.places[index]
-        name = self.names[index]
         try:
             with self.path.open("rb") as tar:
                 tar.seek(start)
-                content = tar.read(size)
+                return BytesIO(tar.read(size))
         except OSError as error:
-            raise BadImageError(name, f"its tar cannot be read: {error.strerror or error}") from error
-        return decode(BytesIO(content), name)
+            reason = f"its tar cannot be read: {error.strerror or error}"
+            raise BadImageError(self.names[index], reason) from error
 
     def fingerprint(self) -> str:
         """sha256 over names and byte sizes."""
@@ -99,35 +135,60 @@ class TarImages(Images):
 
 
 class ListImages(Images):
-    """A list of paths, pictures and float tensors (3, H, W), also mixed."""
+    """A list of paths, pictures and float tensors (C, H, W), also mixed."""
 
     def __init__(self, items: Sequence[Path | Image.Image | Tensor], groups: Groups = None) -> None:
         names = (item.as_posix() if isinstance(item, Path) else str(i) for i, item in enumerate(items))
         super().__init__(f"a list of {len(items)} images", names, groups)
         self.items = list(items)
+        self.normalised = all(isinstance(item, Tensor) for item in self.items)
 
-    def read(self, index: int) -> Image.Image | Float[Tensor, "3 height width"]:
-        """The item: a path decoded, a picture as RGB, a tensor as it is."""
+    def for_model(self, wanted: Wanted) -> Images:
+        """The same list; its tensors must have the channels already."""
+        for position, item in enumerate(self.items):
+            if isinstance(item, Tensor):
+                _require_channels(item, f"tensor {position} of the list", wanted)
+        return super().for_model(wanted)
+
+    def read(self, index: int) -> Picture | Float[Tensor, "channel height width"]:
+        """The item: a path decoded, a picture with the channels that are wanted, a tensor as it is."""
         item, name = self.items[index], self.names[index]
         if isinstance(item, Path):
-            return _read_file(item, name)
+            with _open_file(item, name) as file:
+                return decode(file, name, self.wanted)
         if isinstance(item, Tensor):
             return item
-        return convert(item, name)
+        return convert(item, name, self.wanted)
+
+    def open(self, index: int) -> BufferedReader | None:
+        """The file of a path."""
+        item = self.items[index]
+        return _open_file(item, self.names[index]) if isinstance(item, Path) else None
 
     def fingerprint(self) -> str:
         """sha256 over names, and sizes of files or contents of the rest."""
-        return digest(part for name, item in zip(self.names, self.items, strict=True) for part in (name, *_parts(item)))
+        return digest(
+            part
+            for name, item in zip(self.names, self.items, strict=True)
+            for part in (name, *_parts(item, self.wanted))
+        )
 
 
 class TensorImages(Images):
-    """One float tensor (n, 3, H, W), normalised already."""
+    """One float tensor (n, C, H, W), normalised already."""
 
-    def __init__(self, pixels: Float[Tensor, "n 3 height width"], groups: Groups = None) -> None:
+    normalised = True
+
+    def __init__(self, pixels: Float[Tensor, "n channel height width"], groups: Groups = None) -> None:
         super().__init__(f"a tensor of shape {tuple(pixels.shape)}", map(str, range(len(pixels))), groups)
         self.pixels = pixels
 
-    def read(self, index: int) -> Float[Tensor, "3 height width"]:
+    def for_model(self, wanted: Wanted) -> Images:
+        """The same tensor, which must have the channels already."""
+        _require_channels(self.pixels, "the tensor", wanted)
+        return super().for_model(wanted)
+
+    def read(self, index: int) -> Float[Tensor, "channel height width"]:
         """The image as it is."""
         return self.pixels[index]
 
@@ -142,6 +203,8 @@ class LoaderImages(Images):
     Names are running numbers. `names`, `groups` and `len()` cover the images that the loader announces; they are empty,
     and `len()` raises TypeError as it does for the loader, where it announces none (`announced` is None).
     """
+
+    normalised = True
 
     def __init__(self, loader: DataLoader, groups: Groups = None) -> None:
         self.announced = _announced(loader)
@@ -224,14 +287,20 @@ def resolve_groups(names: list[str], groups: Groups) -> list[str]:
     return [str(group) for group in groups]
 
 
-def _read_file(path: Path, name: str) -> Image.Image:
+def _open_file(path: Path, name: str) -> BufferedReader:
     try:
         if not path.is_file():  # opening a pipe would wait for ever
             raise BadImageError(name, "no such file" if not path.exists() else "not a regular file")
-        with path.open("rb") as file:
-            return decode(file, name)
+        return path.open("rb")
     except OSError as error:
         raise BadImageError(name, f"cannot be opened: {error.strerror or error}") from error
+
+
+def _require_channels(pixels: Tensor, what: str, wanted: Wanted) -> None:
+    """Raises a UserError for a tensor of another number of channels."""
+    if pixels.shape[-3] != wanted.channels:
+        expected = f"({'n, ' * (pixels.ndim - 3)}{wanted.channels}, height, width)"
+        raise UserError(f"{what} has the shape {tuple(pixels.shape)}, and the model takes {expected}")
 
 
 def file_size(path: Path) -> int:
@@ -242,7 +311,7 @@ def file_size(path: Path) -> int:
         return -1
 
 
-def _parts(item: Path | Image.Image | Tensor) -> Iterator[str | bytes]:
+def _parts(item: Path | Image.Image | Tensor, wanted: Wanted = RGB) -> Iterator[str | bytes]:
     """What tells an item from another."""
     if isinstance(item, Path):
         yield str(file_size(item))
@@ -252,7 +321,7 @@ def _parts(item: Path | Image.Image | Tensor) -> Iterator[str | bytes]:
     else:
         yield str(item.size)
         try:
-            yield convert(item, "").tobytes()
+            yield convert(item, "", wanted).tobytes()
         except BadImageError as error:
             yield error.reason
 
@@ -265,11 +334,6 @@ def digest(parts: Iterable[str | bytes]) -> str:
         result.update(len(content).to_bytes(8, "big"))  # so that "a", "bc" differs from "ab", "c"
         result.update(content)
     return result.hexdigest()
-
-
-def printable(name: str) -> str:
-    """A name without line breaks and bytes that are no text, which a message or a manifest could not hold."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

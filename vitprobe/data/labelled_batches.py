@@ -21,7 +21,7 @@ from vitprobe.data.transforms import ImageTransform
 class LabelledBatch(NamedTuple):
     """Images for one forward pass, and those of the same stretch that could not be read."""
 
-    pixels: Float[Tensor, "batch 3 height width"]
+    pixels: Float[Tensor, "batch channel height width"]
     labels: Int64[Tensor, " batch"]
     indices: list[int]
     skipped: list[tuple[str, str]]  # name and reason of each bad image
@@ -93,7 +93,7 @@ def _augmented(
         here = [order[position] for position in positions]
         good = [index for index in here if index not in images.bad]
         skipped = [(images.names[index], images.bad[index]) for index in here if index in images.bad]
-        pixels = torch.zeros(0, 3, *transform.size)
+        pixels = torch.zeros(0, transform.channels, *transform.size)
         if good:
             pixels = augment_held(images.pixels, good, augment, transform, seed, epoch)
         yield LabelledBatch(pixels, torch.from_numpy(split.labels[good]), good, skipped)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from vitprobe.data.decoding import decode
+from vitprobe.data.bands import Picture
+from vitprobe.data.decoding import convert, decode
 from vitprobe.data.images import FileImages, Images
 from vitprobe.errors import UserError
 
@@ -81,15 +82,15 @@ class SampleImages(FileImages):
             [name for name, _, _ in pairs],
         )
 
-    def read(self, index: int) -> Image.Image:
-        """A crop as RGB: 50 to 100 % of the photograph's shorter side, placed by the crop's name alone."""
+    def read(self, index: int) -> Picture:
+        """A crop: 50 to 100 % of the photograph's shorter side, placed by the crop's name alone."""
         photograph = _photograph(self.paths[index])
         draw = random.Random(hashlib.sha256(self.names[index].encode()).digest())
         width, height = photograph.size
         side = round(min(width, height) * (0.5 + 0.5 * draw.random()))
         left = int(draw.random() * (width - side + 1))
         top = int(draw.random() * (height - side + 1))
-        return photograph.crop((left, top, left + side, top + side))
+        return convert(photograph.crop((left, top, left + side, top + side)), self.names[index], self.wanted)
 
 
 def sample_images(crops_per_photograph: int = 8) -> Images:
@@ -115,4 +116,6 @@ def sample_images(crops_per_photograph: int = 8) -> Images:
 @lru_cache(maxsize=1)  # crops of one photograph come one after the other
 def _photograph(path: Path) -> Image.Image:
     with path.open("rb") as file:
-        return decode(file, path.name)
+        picture = decode(file, path.name)
+    assert isinstance(picture, Image.Image)  # in RGB
+    return picture

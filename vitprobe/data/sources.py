@@ -6,19 +6,14 @@ import copy
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
-from timm.data.readers.reader_factory import create_reader
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vitprobe.data.decoding import EXTENSIONS, BadImageError
+from vitprobe.data.decoding import EXTENSIONS, BadChannelsError, BadImageError
 from vitprobe.data.hub_sets import open_hub
 from vitprobe.data.images import (
     FileImages,
@@ -32,7 +27,9 @@ from vitprobe.data.images import (
     printable,
     resolve_groups,
 )
+from vitprobe.data.listing import LeftOut, list_folder, list_tar
 from vitprobe.data.samples import sample_images
+from vitprobe.data.stacks import StackImages, is_stack
 from vitprobe.data.streams import StreamImages
 from vitprobe.data.webdatasets import open_webdataset
 from vitprobe.errors import UserError
@@ -45,10 +42,12 @@ def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
 
     Args:
         data: None for the packaged sample photographs; a folder (searched with its subfolders, links too, but no
-            folder twice), a plain `.tar` or one image file; "wds:DIR/{0000..0063}.tar" (WebDataset), "hfds:NAME" or
-            "hfids:NAME" (a Hugging Face data set, on disk or streamed), each with "#SPLIT" at its end or without; a
-            list of paths, PIL images or float tensors (3, H, W); a float tensor (n, 3, H, W) or (3, H, W) - tensors are
-            taken as normalised already; a torch DataLoader; or an `Images`.
+            folder twice; hidden files and folders are left out), a plain `.tar`, one image file, or one `.npy` of
+            several images, (n, H, W, C), (n, C, H, W) or (n, H, W); "wds:DIR/{0000..0063}.tar" (WebDataset),
+            "hfds:NAME" or "hfids:NAME" (a Hugging Face data set, on disk or streamed), each with "#SPLIT" at its end
+            or without; a list of paths, PIL images or float tensors (C, H, W); a float tensor (n, C, H, W) or
+            (C, H, W) - tensors are taken as normalised already; a torch DataLoader; or an `Images`. An image file is
+            what Pillow reads, an array (`.npy`), or a TIFF with any number of bands.
         groups: what each image was taken from (crops of one photograph, frames of one film): one entry an image, or a
             function from an image's name. By default each image stands for itself.
 
@@ -80,7 +79,7 @@ def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
         return ListImages([_item(item, position) for position, item in enumerate(data)], groups)
     raise UserError(
         f"cannot read images from a {type(data).__name__}: give a folder, a .tar, an image file, a list of paths, "
-        f"PIL images or tensors, a float tensor (n, 3, height, width), or a DataLoader"
+        f"PIL images or tensors, a float tensor (n, channels, height, width), or a DataLoader"
     )
 
 
@@ -105,9 +104,15 @@ def _open_path(path: Path, groups: Groups) -> Images:
         return _open_tar(path, groups)
     if path.is_file() and (tarfile.is_tarfile(path) or zipfile.is_zipfile(path)):
         raise UserError(f"{shown} is an archive, but no plain .tar: unpack it, or repack it uncompressed as .tar")
+    if is_stack(path):
+        return StackImages(path, groups)
     images = FileImages(shown, [path], [path.name], groups)
+    if path.suffix.lower() == ".npy":  # whose channels only a model can judge
+        return images
     try:
         images.read(0)
+    except BadChannelsError:  # which a model may take
+        pass
     except BadImageError as error:
         raise UserError(f"{shown} cannot be read as an image: {error.reason}") from error
     return images
@@ -115,72 +120,37 @@ def _open_path(path: Path, groups: Groups) -> Images:
 
 def _open_folder(folder: Path, groups: Groups) -> Images:
     shown = printable(str(folder))
-    names, repeats = _list_once(folder)
-    if not names:
-        raise UserError(f"{shown} holds no images ({' '.join(EXTENSIONS)}), nor do its subfolders")
     try:
-        if not repeats:  # timm's reader would follow a link that leads back, again and again
-            reader: Any = create_reader("", root=str(folder), input_key=";".join(EXTENSIONS))
-            names = [Path(name).as_posix() for name in reader.filenames()]
-        # timm's order ignores upper and lower case, so names that differ in nothing else come as the disk has them
-        names.sort(key=lambda name: (natural_key(name), name))
+        names, left_out = list_folder(folder)
     except ValueError as error:  # a name that timm cannot sort
         raise UserError(f"{shown} cannot be listed: {' '.join(str(error).split())}") from error
-    return FileImages(shown, [folder / name for name in names], names, groups)
-
-
-def _list_once(folder: Path) -> tuple[list[str], bool]:
-    """The image files below a folder, and whether a link leads to a folder that is listed already, or to one above.
-
-    Such a link is left out: it has no images of its own. Real folders come first, so theirs are the names that stay.
-    """
-    seen = set(folder.resolve().parents)
-    names, repeats = [], False
-    pending = [folder]
-    for start in pending:  # grows by the links found on the way
-        for root, subfolders, files in os.walk(start):  # does not go into links
-            here = Path(root)
-            real = here.resolve()
-            if real in seen:
-                subfolders.clear()
-                repeats = True
-                continue
-            seen.add(real)
-            subfolders.sort()
-            pending += [here / name for name in subfolders if (here / name).is_symlink()]
-            images = [here / name for name in files if Path(name).suffix.lower() in EXTENSIONS]
-            names += [path.relative_to(folder).as_posix() for path in images]
-    return names, repeats
+    if not names:
+        raise UserError(f"{shown} holds no images, nor do its subfolders{_instead(left_out)}")
+    images = FileImages(shown, [folder / name for name in names], names, groups)
+    images.left_out = left_out
+    return images
 
 
 def _open_tar(path: Path, groups: Groups) -> Images:
     shown = printable(str(path))
     try:
-        with _tar_extensions():
-            # cache_tarinfo=False: timm would write an index beside a tar of over 10 GB, and believe it when outdated
-            reader: Any = create_reader("", root=str(path), cache_tarinfo=False)
+        members, left_out = list_tar(path)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{shown} cannot be read as a plain tar: {' '.join(str(error).split())}") from error
     except ValueError as error:
-        if "not enough values to unpack" in str(error):  # how timm finds none
-            raise UserError(f"{shown} holds no images ({' '.join(EXTENSIONS)})") from error
         raise UserError(f"{shown} cannot be listed: {' '.join(str(error).split())}") from error
-    names, places = [], []
-    for member, _, inner in reader.samples:  # inner: the tar within the tar that holds the member, or None
-        names.append(member.name if inner is None else f"{inner.name}/{member.name}")
-        places.append((member.offset_data + (0 if inner is None else inner.offset_data), member.size))
-    return TarImages(path, places, names, groups)
+    if not members:
+        raise UserError(f"{shown} holds no images{_instead(left_out)}")
+    places = [(member.start, member.size) for member in members]
+    images = TarImages(path, places, [member.name for member in members], groups)
+    images.left_out = left_out
+    return images
 
 
-@contextmanager
-def _tar_extensions() -> Iterator[None]:
-    """timm's reader of tars takes its file types from a global list; this lends it ours."""
-    before = get_img_extensions()
-    set_img_extensions(EXTENSIONS)
-    try:
-        yield
-    finally:
-        set_img_extensions(before)
+def _instead(left_out: LeftOut) -> str:
+    """What a place without images holds."""
+    said = [line.partition(" left out: ")[2] for line in left_out.describe()]
+    return f" (it holds {said[0]})" if said else ""
 
 
 def _item(item: Any, position: int) -> Path | Image.Image | Tensor:
@@ -197,14 +167,14 @@ def _item(item: Any, position: int) -> Path | Image.Image | Tensor:
             raise UserError(f"{printable(str(path))} (entry {position} of the list) does not exist")
         return path
     raise UserError(
-        f"entry {position} of the list is a {type(item).__name__}: give paths, PIL images or float tensors (3, H, W)"
+        f"entry {position} of the list is a {type(item).__name__}: give paths, PIL images or float tensors (C, H, W)"
     )
 
 
 def _checked(pixels: Tensor, ndim: int, what: str) -> Tensor:
     """A user's tensor, on the CPU and without its history, so that it can go to other processes."""
-    if pixels.ndim != ndim or pixels.shape[-3] != 3 or 0 in pixels.shape:
-        expected = "(3, height, width)" if ndim == 3 else "(n, 3, height, width)"
+    if pixels.ndim != ndim or 0 in pixels.shape or (pixels.shape[-1] in (1, 3) and pixels.shape[-3] not in (1, 3)):
+        expected = "(channels, height, width)" if ndim == 3 else "(n, channels, height, width)"
         raise UserError(f"{what} has the shape {tuple(pixels.shape)}: images are {expected}, none of them 0")
     if not pixels.is_floating_point():
         raise UserError(

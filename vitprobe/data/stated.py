@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +28,19 @@ class StatedImages:
     config: dict[str, Any] = field(default_factory=dict)
     normalizer: str = ""
 
-    def remark(self, taken: dict[str, Any]) -> str:
-        """One line that says which of the `taken` values are defaults; "" where the model states them all."""
-        if self.normalizer:
+    def remark(self, taken: dict[str, Any], known: Collection[str] = ()) -> str:
+        """One line that says which of the `taken` values are defaults; "" where the model, or a user, states them all.
+
+        Args:
+            taken: the value of each of the keys of timm's config.
+            known: keys of which something else is known.
+        """
+        if self.normalizer and "mean" not in known:
             return (
                 f"{self.model} normalizes its images itself ({self.normalizer}), so it is given pixels from 0 to 1, "
                 f"without a mean and standard deviation"
             )
-        missing = [key for key in _NAMES if not self.config.get(key)]
+        missing = [key for key in _NAMES if not (self.config.get(key) or key in known)]
         if not missing:
             return ""
         imagenets = " (ImageNet's)"

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from vitprobe.data.batches import Batch, Item, Key, collate, cut, same_size, survive
+from vitprobe.data.batches import Batch, Item, Key, collate, cut, same_size, shape_of, survive
 from vitprobe.data.decoding import BadImageError, decode
 from vitprobe.data.images import Groups, Images
 from vitprobe.data.shards import SHARD_IMAGES, Share
@@ -26,11 +26,12 @@ from vitprobe.errors import UserError
 
 
 class Sample(NamedTuple):
-    """One image of a stream, not decoded: its name, and its file's bytes or why there are none."""
+    """One image of a stream, not decoded: its name, its file's bytes or why there are none, and its label, if any."""
 
     name: str
     content: bytes | None
     reason: str = ""
+    label: str | None = None
 
 
 class StreamImages(Images):
@@ -93,7 +94,7 @@ def iterate_stream(
 
     Args:
         images: the source.
-        transform: from an RGB picture to a float tensor (3, height, width).
+        transform: from a picture to a float tensor (channels, height, width).
         batch_size: images a batch, cut inside a shard.
         share: which shards.
         num_images: only the first so many of the stream; then every process reads it from its beginning.
@@ -129,6 +130,7 @@ class _Batches(IterableDataset):
         # Groups are the main process's: a function need not go to others.
         self.images, self.transform = images.regrouped(None), transform
         self.batch_size, self.share, self.num_images = batch_size, share, num_images
+        self._shape = shape_of(images, transform)
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         worker = get_worker_info()
@@ -136,7 +138,7 @@ class _Batches(IterableDataset):
         try:
             for ordinal, (samples, place) in enumerate(self._plan()):
                 if ordinal % workers == number:  # the loader takes from its workers in turn, so order is kept
-                    batch = collate([self._item(sample) for sample in samples], getattr(self.transform, "size", (0, 0)))
+                    batch = collate([self._item(sample) for sample in samples], self._shape)
                     yield replace(batch, **place) if isinstance(batch, Batch) else batch
         except UserError as error:
             yield error
@@ -168,7 +170,7 @@ class _Batches(IterableDataset):
         try:
             if sample.content is None:
                 raise BadImageError(sample.name, sample.reason)
-            result = self.transform(decode(BytesIO(sample.content), sample.name))
+            result = self.transform(decode(BytesIO(sample.content), sample.name, self.images.wanted))
         except BadImageError as error:
             result = error
         return Item(-1, sample.name, sample.name, result)

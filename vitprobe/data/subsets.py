@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
+from vitprobe.data.bands import ByteStream, Picture, Wanted
 from vitprobe.data.decoding import BadImageError
 from vitprobe.data.images import Images, digest
 
@@ -23,10 +25,22 @@ class SubsetImages(Images):
         names = [images.names[position] for position in positions]
         super().__init__(source, names, [images.groups[position] for position in positions])
         self.images, self.positions = images, list(positions)
+        self.wanted, self.normalised, self.left_out = images.wanted, images.normalised, images.left_out
 
-    def read(self, index: int) -> Image.Image | Tensor:
+    def for_model(self, wanted: Wanted) -> Images:
+        """The same positions of the other source for a model."""
+        again = copy.copy(self)
+        again.wanted = wanted
+        again.images = self.images.for_model(wanted)
+        return again
+
+    def read(self, index: int) -> Picture | Tensor:
         """As the other source reads it."""
         return self.images.read(self.positions[index])
+
+    def open(self, index: int) -> ByteStream | None:
+        """As the other source opens it."""
+        return self.images.open(self.positions[index])
 
     def fingerprint(self) -> str:
         """sha256 over that of the other source, and which images these are; empty where that is."""
@@ -42,15 +56,18 @@ class HeldImages(Images):
         bad: position → why that image could not be read.
     """
 
-    def __init__(self, images: Images, pixels: UInt8[Tensor, "n 3 height width"], bad: Mapping[int, str]) -> None:
+    def __init__(self, images: Images, pixels: UInt8[Tensor, "n channel height width"], bad: Mapping[int, str]) -> None:
         self.source, self.names, self.groups = images.source, images.names, images.groups
+        self.wanted = images.wanted
         self.images, self.pixels, self.bad = images, pixels, dict(bad)
 
-    def read(self, index: int) -> Image.Image:
-        """The picture, as RGB."""
+    def read(self, index: int) -> Picture:
+        """The picture."""
         if index in self.bad:
             raise BadImageError(self.names[index], self.bad[index])
-        return Image.fromarray(self.pixels[index].permute(1, 2, 0).contiguous().numpy())
+        bands = self.pixels[index].permute(1, 2, 0).contiguous().numpy()
+        channels = bands.shape[-1]
+        return bands if channels not in (1, 3) else Image.fromarray(bands[..., 0] if channels == 1 else bands)
 
     def fingerprint(self) -> str:
         """That of the source they were decoded from."""
@@ -72,7 +89,10 @@ def hold(images: Images, most_bytes: int = HELD_BYTES) -> Images:
             continue
         if isinstance(picture, Tensor):
             return images
-        decoded = np.asarray(picture).transpose(2, 0, 1)
+        decoded = np.asarray(picture)
+        if decoded.dtype != np.uint8:
+            return images
+        decoded = np.atleast_3d(decoded).transpose(2, 0, 1)  # of a grey picture there is no axis of channels
         if pixels is None:
             if len(images) * decoded.nbytes > most_bytes:
                 return images

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,7 +34,8 @@ class WebDatasetImages(StreamImages):
         with whole_part(url), closing(gopen(url)) as stream:
             for sample in group_by_keys(tar_file_expander([{"url": url, "stream": stream}])):
                 content = next((sample[kind[1:]] for kind in EXTENSIONS if kind[1:] in sample), None)
-                yield Sample(printable(f"{_name(url)}/{sample['__key__']}"), content, "its sample holds no image")
+                name = printable(f"{_name(url)}/{sample['__key__']}")
+                yield Sample(name, content, "its sample holds no image", _label(sample))
 
     def fingerprint(self) -> str:
         """sha256 over the tars' names, and the sizes of those on a disk."""
@@ -50,8 +52,7 @@ def open_webdataset(spec: str, groups: Groups = None) -> WebDatasetImages:
     shown = f"wds:{printable(spec)}"
     path, _, split = spec.partition("#")
     if Path(path).is_dir() and not split:
-        tars = sorted(Path(path).glob("*.tar"), key=lambda tar: (natural_key(tar.name), tar.name))
-        urls = [str(tar) for tar in tars]
+        urls = [str(tar) for tar in tars_of(Path(path))]
     else:
         root, pattern = (path, split) if split else path.rpartition("/")[::2]
         try:
@@ -68,6 +69,22 @@ def open_webdataset(spec: str, groups: Groups = None) -> WebDatasetImages:
             f"{shown}: {printable(absent[0])} does not exist; give DIR/{{0000..0063}}.tar, or a folder of tars"
         )
     return WebDatasetImages(shown, urls, groups)
+
+
+def tars_of(folder: Path) -> list[Path]:
+    """The tars in a folder, in natural order."""
+    return sorted(folder.glob("[!.]*.tar"), key=lambda tar: (natural_key(tar.name), tar.name))
+
+
+def _label(sample: dict[str, Any]) -> str | None:
+    """The class of a sample: its .cls, or "label" or "cls" of its .json."""
+    if "cls" in sample:
+        return sample["cls"].decode(errors="replace").strip()
+    with suppress(KeyError, ValueError):
+        said = json.loads(sample["json"])
+        found = next((said[key] for key in ("label", "cls") if key in said), None) if isinstance(said, dict) else None
+        return None if found is None else str(found)
+    return None
 
 
 def _require_end(url: str) -> None:

@@ -126,6 +126,8 @@ def _read_group(name: str, verification: VerificationLike, aggregators: Sequence
         if row is None:
             return f"has no {aggregator}, but {', '.join(map(str, rows))}"
         chosen.append(row)
+    if not chosen:
+        return "has nothing beside its baseline"
     baselines = {row["gain_over"] for row in chosen}
     if len(baselines) > 1:
         return f"gains are over different baselines: {', '.join(sorted(map(str, baselines)))}"

@@ -58,6 +58,7 @@ class Curve:
         num_blocks: its depth.
         rows: the mean over heads, a row a block in the order of blocks.
         heads: head → the same for that head; empty where there is one value a block.
+        unfinished: how far the run came, if it is not complete ("64 of 200 images").
     """
 
     name: str
@@ -66,6 +67,7 @@ class Curve:
     num_blocks: int
     rows: pd.DataFrame
     heads: dict[int, pd.DataFrame]
+    unfinished: str | None = None
 
     @property
     def no_interval(self) -> str | None:
@@ -143,7 +145,9 @@ def _read_curve(name: str, profile: ProfileLike, statistic: str) -> Curve | None
         return None
     heads = sorted(table["head"].dropna().unique())
     of_head = {int(head): _where(table, (table["head"] == head).fillna(False)) for head in heads}
-    return Curve(name, profile.paradigm, profile.layout, profile.num_blocks, rows, of_head)
+    return Curve(
+        name, profile.paradigm, profile.layout, profile.num_blocks, rows, of_head, getattr(profile, "unfinished", None)
+    )
 
 
 def _where(table: pd.DataFrame, mask: Any) -> pd.DataFrame:

@@ -159,6 +159,9 @@ def _notes(
     for reason in {curve.no_interval: None for curve in curves if bands and curve.no_interval}:
         names = ", ".join(curve.name for curve in curves if curve.no_interval == reason)
         notes.append(f"plain mean without interval ({reason}): {names}")
+    unfinished = [f"{curve.name} ({curve.unfinished})" for curve in curves if curve.unfinished]
+    if unfinished:
+        notes.append(f"unfinished: {', '.join(unfinished)}")
     if heads and any(curve.heads for curve in curves):
         notes.append("thin lines: single heads")
     if missing:

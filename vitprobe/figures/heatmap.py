@@ -46,6 +46,7 @@ def heads(profile: ProfileLike | object, name: str = "cls_self_attention", *, ax
         )
         ax.set_xlabel("block", fontsize=LABEL_SIZE)
         ax.set_ylabel("head", fontsize=LABEL_SIZE)
-        ax.set_title(profile.name, fontsize=LABEL_SIZE)
+        unfinished = getattr(profile, "unfinished", None)
+        ax.set_title(f"{profile.name} ({unfinished})" if unfinished else profile.name, fontsize=LABEL_SIZE)
         ax.tick_params(length=0, rotation=0)
     return ax

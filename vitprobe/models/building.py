@@ -13,6 +13,7 @@ from torch import nn
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.anatomy.parts import Anatomy
+from vitprobe.models.anatomy.unsupported import ISOTROPIC
 from vitprobe.models.configs import describe_images
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, NORMALISATIONS, ModelSpec
 from vitprobe.models.official.architectures import create_official
@@ -40,7 +41,7 @@ def architecture_of(name: str) -> str:
         return name
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        likely = nearest(name, (known.name for known in all_specs())) + nearest(architecture, timm.list_models())
+        likely = nearest(name, (known.name for known in all_specs())) + nearest(architecture, _with_weights())
         hint = f"did you mean {', '.join(likely[:6])}?" if likely else "vitprobe models lists what there is"
         raise UserError(f"unknown model {name!r}: {hint}")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
@@ -48,6 +49,12 @@ def architecture_of(name: str) -> str:
         known = f"it has {', '.join(tags)}" if tags else "it has none"
         raise UserError(f"timm's {architecture} has no weights tagged {tag!r}: {known}")
     return name
+
+
+def _with_weights() -> list[str]:
+    """timm's names for what can be analysed and has weights: nothing else is worth suggesting."""
+    names = (timm.list_models(module=module, pretrained=True) for module in ISOTROPIC)
+    return sorted({name.partition(".")[0] for of_module in names for name in of_module})
 
 
 def outline(architecture: str, *, img_size: ImageSize = None, **options: Any) -> nn.Module:

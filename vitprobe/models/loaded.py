@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,7 +19,6 @@ from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.anatomy.measured import noise_for
 from vitprobe.models.anatomy.normalizing import find_normalizer
 from vitprobe.models.anatomy.order import measure_order
-from vitprobe.models.anatomy.own_vit import channels_of
 from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.building import ImageSize
 from vitprobe.models.entries import ModelSpec
@@ -73,30 +73,40 @@ def finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Ana
     transform = _transform(anatomy, "model", img_size or anatomy.image_size)
     anatomy = _measured(anatomy, transform.size)
     layout = anatomy.layout(transform.size)
-    order = f"its tokens stand in an order of their own: {layout}" if layout.positions else ""
-    remarks = (*anatomy.remarks, *_lines(order), *_lines(transform.remark))
-    return LoadedModel(module, layout, transform, spec, anatomy, remarks)
+    order = (f"its tokens stand in an order of their own: {layout}",) if layout.positions else ()
+    return LoadedModel(module, layout, transform, spec, anatomy, (*anatomy.remarks, *order, *transform.remarks))
 
 
-def with_transform(model: LoadedModel, mode: str, img_size: ImageSize) -> LoadedModel:
-    """The model with another transform, and with the remark that belongs to it.
+def with_transform(
+    model: LoadedModel,
+    mode: str,
+    img_size: ImageSize,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> LoadedModel:
+    """The model with another transform, and with the remarks that belong to it.
 
     Args:
         model: the model.
         mode: "model" or "paper" (see `model_transform`).
         img_size: pixels of its images, a side or (height, width).
+        mean: of each channel, where the user gives it.
+        std: the same.
     """
-    transform = _transform(model.anatomy, mode, img_size)
-    remarks = (*(line for line in model.remarks if line != model.transform.remark), *_lines(transform.remark))
+    transform = _transform(model.anatomy, mode, img_size, mean, std)
+    remarks = (*(line for line in model.remarks if line not in model.transform.remarks), *transform.remarks)
     return replace(model, layout=model.anatomy.layout(transform.size), transform=transform, remarks=remarks)
 
 
-def _transform(anatomy: Anatomy, mode: str, img_size: ImageSize) -> ImageTransform:
-    return model_transform(anatomy.lineage or anatomy.module, mode, img_size, anatomy.normalizer)
-
-
-def _lines(remark: str) -> tuple[str, ...]:
-    return (remark,) if remark else ()
+def _transform(
+    anatomy: Anatomy,
+    mode: str,
+    img_size: ImageSize,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> ImageTransform:
+    transform = model_transform(anatomy.lineage or anatomy.module, mode, img_size, anatomy.normalizer)
+    return transform.for_channels(anatomy.channels, mean, std)
 
 
 def _measured(anatomy: Anatomy, size: tuple[int, int]) -> Anatomy:
@@ -105,7 +115,7 @@ def _measured(anatomy: Anatomy, size: tuple[int, int]) -> Anatomy:
         return anatomy
     with ExitStack() as stack:
         anatomy.prepare(stack)
-        return measure_order(anatomy, noise_for(anatomy.module, channels_of(anatomy.tower), size))
+        return measure_order(anatomy, noise_for(anatomy.module, anatomy.channels, size))
 
 
 def _require_finite(module: nn.Module, name: str) -> None:

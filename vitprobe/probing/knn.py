@@ -91,6 +91,21 @@ def require_neighbours(k: int, size: int) -> None:
         )
 
 
+def fitting(ks: Sequence[int], size: int) -> tuple[int, ...]:
+    """Those of some numbers of neighbours that a bank of this size has.
+
+    Raises:
+        UserError: where it has none of them.
+    """
+    fit = tuple(k for k in ks if k <= size)
+    if not fit:
+        raise UserError(
+            f"k-NN takes at least {min(ks)} training images beside the held-out ones, and there "
+            f"{'is' if size == 1 else 'are'} {size}: give more, or take --protocol logistic"
+        )
+    return fit
+
+
 def _nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines and positions of the k nearest, the bank taken part by part and normalised there: no copy of it."""
     similarity = queries.new_empty(len(queries), 0)

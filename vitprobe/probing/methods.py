@@ -17,7 +17,7 @@ from vitprobe.files import free_bytes
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.feeds import CacheFeed, Feed, ImageFeed
-from vitprobe.probing.knn import knn
+from vitprobe.probing.knn import fitting, knn
 from vitprobe.probing.logistic import logistic
 from vitprobe.probing.plan import Plan
 from vitprobe.probing.pooled import pool
@@ -190,7 +190,7 @@ def classify_vectors(plan: Plan, folder: Path, claim: Callable[[], Any], progres
                 *given,
                 size=len(labels),
                 num_classes=len(data.classes),
-                ks=grid["k"],
+                ks=fitting(grid["k"], int((~held).sum())),  # images that could not be read are not there
                 temperatures=grid["temperature"],
             )
             chosen: dict[str, Any] = {"k": found.k, "temperature": found.temperature}

@@ -16,10 +16,10 @@ from vitprobe.data.augment import Augmentation
 from vitprobe.data.labelled import LabelledData, open_labelled
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.final_norm import find_final_norm
-from vitprobe.models.loaded import LoadedModel
+from vitprobe.models.loaded import LoadedModel, with_transform
 from vitprobe.models.loading import load_model
 from vitprobe.probing.heldout import held_out
-from vitprobe.probing.knn import require_neighbours
+from vitprobe.probing.knn import fitting
 from vitprobe.probing.probe import ProbeSpec
 from vitprobe.probing.protocols import Protocol
 from vitprobe.probing.tap import Tap
@@ -86,20 +86,6 @@ class Plan:
         """Which training images are held out for selection."""
         return held_out(self.data.train.labels, self.protocol.heldout, self.seed)
 
-    def check_training_images(self) -> None:
-        """Returns where there are enough to select on and to train on.
-
-        Raises:
-            UserError: where nothing can be held out, or k-NN would find fewer neighbours than it is to.
-        """
-        held = self.held_out()
-        if not held.any():
-            raise UserError(
-                f"{self.data.name} has one training image a class: nothing can be held out to select on; give more"
-            )
-        if self.protocol.method == "knn":
-            require_neighbours(int(max(dict(self.protocol.grid)["k"])), int((~held).sum()))
-
     def specs(self) -> list[ProbeSpec]:
         """The probes of a bank: of each result every rate and decay with every seed."""
         protocol = self.protocol
@@ -120,7 +106,9 @@ def make_plan(
     *,
     checkpoint: str | Path | None,
     arch: str | None,
-    img_size: Any,
+    img_size: int | tuple[int, int] | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
     blocks: Sequence[int] | None,
     norm: bool | None,
     dtype: str | None,
@@ -135,12 +123,19 @@ def make_plan(
         UserError: for what cannot be loaded, opened or put together.
     """
     chosen = choose_device(device)
-    labelled = open_labelled(data, seed=seed)
+    opened = open_labelled(data, seed=seed)
     loaded = load_model(model, checkpoint=checkpoint, arch=arch, img_size=img_size)
+    loaded = with_transform(loaded, "model", loaded.transform.size, mean, std)
+    labelled = opened.for_model(loaded.transform.wanted)
+    remarks = [*loaded.remarks, *labelled.remarks, *labelled.look_at(loaded.spec.name)]
+    if labelled.normalised:
+        remarks = [line for line in remarks if line not in loaded.transform.remarks]
+        _require_prepared(labelled, loaded, mean)
     undefined: dict[str, str] = {}
     taps = _taps(loaded, blocks, norm, protocol, undefined)
     with FrozenModel(loaded, taps, dtype=dtype, device=chosen) as frozen:
         dim = frozen.dim
+    protocol, dropped = _fitted(protocol, labelled, seed)
     made = _aggregators(loaded, aggregators, protocol, dim, undefined)
     if protocol.method == "cached" and any(each.needs_attention or each.oracle for each in made):
         names = ", ".join(each.name for each in made if each.needs_attention or each.oracle)
@@ -149,6 +144,7 @@ def make_plan(
         )
     manifest = new_manifest(loaded, chosen, arguments) | {
         "kind": KIND,
+        "remarks": [*remarks, *dropped],
         "protocol": protocol.describe(),
         "transform": loaded.transform.describe(),
         "layout": asdict(loaded.layout),
@@ -161,10 +157,13 @@ def make_plan(
             "classes": len(labelled.classes),
             "train": len(labelled.train),
             "test": len(labelled.test),
+            "left_out": list(
+                dict.fromkeys(name for part in (labelled.train, labelled.test) for name in part.images.left_out.names)
+            ),
         },
     }
     manifest["model"]["by_name"] = isinstance(model, str | Path)
-    plan = Plan(
+    return Plan(
         loaded,
         labelled,
         protocol,
@@ -176,8 +175,45 @@ def make_plan(
         workers,
         manifest,
     )
-    plan.check_training_images()
-    return plan
+
+
+def _require_prepared(data: LabelledData, model: LoadedModel, mean: Sequence[float] | None) -> None:
+    """Raises a UserError for tensors that are not of the model's size, or for a normalisation of them."""
+    if mean is not None:
+        raise UserError(
+            f"{data.name} is taken as normalised for the model already: leave mean and std out, or give pictures (a "
+            f"folder, files)"
+        )
+    for images in (part.images for part in (data.train, data.test) if part.images.normalised):
+        size = tuple(getattr(images.read(0), "shape", ())[-2:])
+        if size != model.transform.size:
+            came, takes = (f"{height}×{width}" for height, width in (size, model.transform.size))
+            raise UserError(
+                f"the tensors of {data.name} have {came} pixels, and {model.spec.name} takes {takes}: give tensors of "
+                f"that size, or say theirs with img_size"
+            )
+
+
+def _fitted(protocol: Protocol, data: LabelledData, seed: int) -> tuple[Protocol, list[str]]:
+    """The protocol with those numbers of neighbours that the training images allow, and what is said of others.
+
+    Raises:
+        UserError: where nothing can be held out, or k-NN has too few images for any of its numbers.
+    """
+    held = held_out(data.train.labels, protocol.heldout, seed)
+    if not held.any():
+        raise UserError(f"{data.name} has one training image a class: nothing can be held out to select on; give more")
+    if protocol.method != "knn":
+        return protocol, []
+    grid, size = dict(protocol.grid), int((~held).sum())
+    fit = fitting([int(k) for k in grid["k"]], size)
+    if len(fit) == len(grid["k"]):
+        return protocol, []
+    said = (
+        f"k is chosen from {', '.join(map(str, fit))} of {', '.join(map(str, grid['k']))}: k-NN searches among {size} "
+        f"training images (held-out ones not counted)"
+    )
+    return replace(protocol, grid=tuple((grid | {"k": fit}).items())), [said]
 
 
 def _taps(

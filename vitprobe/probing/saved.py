@@ -22,7 +22,7 @@ from vitprobe.data.sources import LoaderImages, open_images
 from vitprobe.data.streams import StreamImages
 from vitprobe.errors import UserError
 from vitprobe.files import write_atomically
-from vitprobe.models.loaded import LoadedModel, weights_sha256
+from vitprobe.models.loaded import LoadedModel, weights_sha256, with_transform
 from vitprobe.models.loading import load_model
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tap import Tap
@@ -31,7 +31,7 @@ from vitprobe.profile.manifest import package_version
 
 FOLDER, FILES = "probes", "*@block*-seed*.safetensors"
 _KEY, _VERSION = "vitprobe_probe", 1
-_GIVEN = ("model", "checkpoint", "arch", "img_size")  # arguments that say which model it was
+_GIVEN = ("model", "checkpoint", "arch", "img_size", "mean", "std")  # arguments that say which model it was
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +77,7 @@ class LoadedProbe:
 
     @torch.no_grad()
     def _over(self, images: Any, batch_size: int, device: Any, *, classify: bool) -> Tensor:
-        source = open_images(images)
+        source = open_images(images).for_model(self.model.transform.wanted)
         if isinstance(source, StreamImages):
             raise UserError(f"{source.source} is a stream: give a folder, a tar, a list, a tensor or a DataLoader")
         aggregator, tap = self.probe.aggregator, self.spec.tap
@@ -120,7 +120,7 @@ def save_probe(
         "spec": asdict(spec),
         "dim": dim,
         "classes": list(classes),
-        "arguments": {key: manifest["arguments"][key] for key in _GIVEN},
+        "arguments": {key: manifest["arguments"].get(key) for key in _GIVEN},
         **{key: manifest[key] for key in ("model", "protocol", "data", "forward_dtype")},
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
@@ -148,6 +148,8 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
     if model is None and not words["model"]["by_name"]:
         raise UserError(f"{path} was trained on a model given in Python: give the same with load_probe(path, model)")
     loaded = _load_model(words["arguments"], model, checkpoint)
+    mean, std = (words["arguments"].get(key) for key in ("mean", "std"))
+    loaded = with_transform(loaded, "model", loaded.transform.size, mean, std)
     if weights_sha256(loaded.module) != words["model"]["weights_sha256"]:
         raise UserError(
             f"{path} was trained on other weights of {words['model']['name']} than those of {loaded.spec.name}: give "

@@ -18,7 +18,6 @@ from vitprobe.errors import UserError
 from vitprobe.hooks.updates import tensor_of
 from vitprobe.models.anatomy.final_norm import find_final_norm
 from vitprobe.models.anatomy.measured import noise_for, run_on
-from vitprobe.models.anatomy.own_vit import channels_of
 from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.loaded import LoadedModel
 
@@ -93,7 +92,7 @@ class _Pass:
         self._anatomy = model.anatomy
         self._clock = 0
         self.calls: list[_Call] = []
-        images = noise_for(model.module, channels_of(model.anatomy.tower), model.transform.size, batch=2)
+        images = noise_for(model.module, model.anatomy.channels, model.transform.size, batch=2)
         inside = {part for block in self._anatomy.blocks for part in block.modules() if part is not block}
         with ExitStack() as stack:
             for part in model.module.modules():

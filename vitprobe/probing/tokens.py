@@ -84,10 +84,14 @@ class FrozenModel:
                 raise UserError(f"{self._name} has blocks 0 to {len(blocks) - 1}, not {tap.block}: choose one of these")
         self._blocks = sorted({tap.block for tap in self.taps})
         self._norm = find_final_norm(model.anatomy, self._name) if any(tap.norm for tap in self.taps) else None
-        # "auto" has nothing to be measured on here, and becomes float32
+        if dtype == "auto":
+            raise UserError(
+                "dtype='auto' is for analyze, which measures its error on statistics: give float32, bfloat16 or "
+                "float16, or leave it out"
+            )
         self._forward = choose_dtype(dtype, DTYPE_BOUND, model.module, self.device, lambda _: {})
         self._dtype = weights_dtype(model.module)
-        self._oracles = {name: _oracle(name, model.layout, dtype, self.device) for name in oracles}
+        self._oracles = {name: _oracle(name, model, dtype, self.device) for name in oracles}
         self._tokens: dict[int, Tensor] = {}  # of the pass under way, by block
         self._batch: tuple[int, TokenLayout] | None = None  # images and layout of that pass; None without one
         self._bystanders = Bystanders(model.anatomy)
@@ -97,7 +101,9 @@ class FrozenModel:
     @cached_property
     def dim(self) -> int:
         """Numbers a token; runs one image of noise through the model."""
-        noise = torch.randn(1, 3, *self.model.transform.size, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(
+            1, self.model.anatomy.channels, *self.model.transform.size, generator=torch.Generator().manual_seed(0)
+        )
         return next(iter(self(noise).values())).tokens.shape[-1]
 
     def __enter__(self) -> FrozenModel:
@@ -130,7 +136,7 @@ class FrozenModel:
             cleanup.close()
 
     def __call__(
-        self, images: Float[Tensor, "batch 3 height width"], names: Sequence[str] | None = None
+        self, images: Float[Tensor, "batch channel height width"], names: Sequence[str] | None = None
     ) -> dict[Tap, TokenBatch]:
         """The tokens of a batch at each tap.
 
@@ -247,11 +253,16 @@ class FrozenModel:
         return patch_attention(batch.attention, slice(0, 1))[:, :, 0].float()
 
 
-def _oracle(name: str, layout: TokenLayout, dtype: str | None, device: torch.device) -> FrozenModel:
+def _oracle(name: str, of: LoadedModel, dtype: str | None, device: torch.device) -> FrozenModel:
     """Another model for images of such a size that its grid of patches is the same."""
-    model = load_model(name)
+    model, layout = load_model(name), of.layout
     if not model.layout.has_cls:
         raise UserError(f"{name} has no [cls] token whose attention could weigh patches: choose an oracle with one")
+    if model.anatomy.channels != of.anatomy.channels:
+        raise UserError(
+            f"{name} takes {model.anatomy.channels} channels and {of.spec.name} {of.anatomy.channels}: choose an "
+            f"oracle for the same images"
+        )
     if model.layout.grid != layout.grid:
         model = load_model(name, img_size=replace(model.layout, grid=layout.grid).image_size)
     return FrozenModel(model, [Tap(len(model.anatomy.blocks) - 1)], attention=True, dtype=dtype, device=device)

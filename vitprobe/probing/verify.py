@@ -11,6 +11,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vitprobe.data.labelled import has_loader
+from vitprobe.data.transforms import check_normalisation
+from vitprobe.errors import UserError
 from vitprobe.files import disk_errors, partial_of
 from vitprobe.probing.methods import TOKENS, TRAINING, classify_vectors, train_probes
 from vitprobe.probing.plan import Plan, make_plan
@@ -19,7 +22,7 @@ from vitprobe.probing.saved import FILES as PROBE_FILES
 from vitprobe.probing.saved import FOLDER as PROBES
 from vitprobe.probing.saved import save_probe
 from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
-from vitprobe.profile.arguments import check_resume, check_whole, shown
+from vitprobe.profile.arguments import check_resume, check_whole, shown, shown_size, size_of
 from vitprobe.profile.folder import MANIFEST, check_output, is_run, read_manifest, write_manifest
 from vitprobe.profile.progress import progress_bar
 from vitprobe.profile.resuming import require_same
@@ -34,6 +37,8 @@ def verify(
     checkpoint: str | Path | None = None,
     arch: str | None = None,
     img_size: int | tuple[int, int] | None = None,
+    mean: float | int | Sequence[float | int] | None = None,
+    std: float | int | Sequence[float | int] | None = None,
     blocks: Sequence[int] | None = None,
     norm: bool | None = None,
     dtype: str | None = None,
@@ -61,7 +66,9 @@ def verify(
         protocol: "fast", "cached", "knn", "logistic", or a `Protocol`.
         checkpoint: as for `load_model`.
         arch: as for `load_model`.
-        img_size: the input size in pixels, where it is not the model's own.
+        img_size: the input size in pixels, where it is not the model's own: a side or (height, width).
+        mean: as for `analyze`: subtracted from each channel of a picture.
+        std: as for `analyze`: what each channel is divided by.
         blocks: the blocks whose output is read, negative from the last; the last one without. Several are probed in
             the same pass.
         norm: whether the model's final norm is applied to the tokens; as the protocol says without.
@@ -81,7 +88,14 @@ def verify(
     settled = find_protocol(protocol)
     check_whole(workers=(workers, 0), seed=(seed, 0))
     check_resume(resume, overwrite, out)
+    if resume and has_loader(data):
+        raise UserError(
+            "a DataLoader gives its images in an order that only it knows, so a run on it cannot be resumed: give the "
+            "data set's folder, or leave --resume out"
+        )
     asked = [aggregators] if isinstance(aggregators, str) else aggregators
+    img_size = size_of(img_size)
+    normalisation = {"mean": check_normalisation("mean", mean), "std": check_normalisation("std", std)}
     options = {"checkpoint": checkpoint, "arch": arch, "img_size": img_size, "dtype": dtype, "device": device}
     arguments = {
         "model": shown(model),
@@ -90,7 +104,8 @@ def verify(
         "protocol": str(settled),
         **{name: shown(value) for name, value in options.items()},
         "device": None if device is None else str(device),
-        "img_size": list(img_size) if isinstance(img_size, tuple) else img_size,
+        "img_size": shown_size(img_size),
+        **normalisation,
         "blocks": None if blocks is None else list(blocks),
         "norm": norm,
         "workers": workers,
@@ -113,6 +128,7 @@ def verify(
         workers=workers,
         seed=seed,
         arguments=arguments,
+        **normalisation,
         **options,
     )
     with ExitStack() as stack:

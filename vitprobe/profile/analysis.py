@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from vitprobe.data.batches import Batch
 from vitprobe.data.prefetch import on_their_way
 from vitprobe.data.shards import Share
+from vitprobe.data.transforms import check_normalisation
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import capture, check_kernel
 from vitprobe.models.loaded import LoadedModel
-from vitprobe.profile.arguments import check_resume, check_whole, shown
+from vitprobe.profile.arguments import check_resume, check_whole, shown, shown_size, size_of
 from vitprobe.profile.distributed import World, joined
 from vitprobe.profile.dtype import DTYPE_BOUND, ForwardDtype, check_dtype, choose_dtype
 from vitprobe.profile.folder import check_output
@@ -39,7 +40,9 @@ def analyze(
     arch: str | None = None,
     num_images: int | None = None,
     transform: str = "model",
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    mean: float | int | Sequence[float | int] | None = None,
+    std: float | int | Sequence[float | int] | None = None,
     statistics: Sequence[str] | None = None,
     groups: Sequence[str] | Callable[[str], str] | None = None,
     tolerance: float | None = None,
@@ -70,7 +73,10 @@ def analyze(
             ones); all of them without.
         transform: "model" (the model's own preprocessing) or "paper" (shorter side to 256 for a 224 crop, bicubic,
             ImageNet mean and std).
-        img_size: the input size, where it is not the model's own.
+        img_size: the input size, where it is not the model's own: a side or (height, width).
+        mean: subtracted from each channel of a picture, in 0..1: one value for each channel or one for all. Above 1,
+            mean and std are of the values that the files hold. The model's own without.
+        std: what each channel is divided by; mean and std belong together.
         statistics: names from `vitprobe.statistics.STATISTICS`; all without.
         groups: what each image was taken from, a sequence or a function of its name; intervals count groups.
         tolerance: draw images in random order and stop when the half-width of every interval of a mean over heads is
@@ -103,7 +109,12 @@ def analyze(
     """
     check_tolerance(tolerance)
     check_dtype(dtype, dtype_bound)
+    if dtype != "auto" and float(dtype_bound) != DTYPE_BOUND:
+        raise UserError(
+            f"dtype_bound={dtype_bound:g} is for dtype='auto' (--dtype auto): give that too, or leave it out"
+        )
     check_kernel(kernel)
+    img_size = size_of(img_size)
     arguments = {
         "model": shown(model),
         "checkpoint": shown(checkpoint),
@@ -111,7 +122,9 @@ def analyze(
         "data": shown(data),
         "num_images": num_images,
         "transform": transform,
-        "img_size": img_size,
+        "img_size": shown_size(img_size),
+        "mean": check_normalisation("mean", mean),
+        "std": check_normalisation("std", std),
         "statistics": None if statistics is None else list(statistics),
         "groups": None if groups is None else "given",
         "tolerance": tolerance if tolerance is None else float(tolerance),

@@ -8,6 +8,7 @@ from typing import Any
 
 from vitprobe.data.images import printable
 from vitprobe.errors import UserError
+from vitprobe.models.building import pair
 
 
 def check_whole(**numbers: tuple[Any, int]) -> None:
@@ -35,6 +36,23 @@ def check_resume(resume: bool, overwrite: bool, out: Any) -> None:
             "--overwrite starts anew: give one of the two" if overwrite else "that needs its folder: give --out too"
         )
         raise UserError(f"--resume goes on with a run, and {reason}")
+
+
+def size_of(img_size: Any) -> int | tuple[int, int] | None:
+    """An image size as `load_model` takes it: a list, as JSON holds a pair, becomes one.
+
+    Raises:
+        UserError: for what is no size.
+    """
+    size = tuple(img_size) if isinstance(img_size, list) else img_size
+    if size is not None:
+        pair(size)
+    return size
+
+
+def shown_size(img_size: int | tuple[int, int] | None) -> int | list[int] | None:
+    """An image size as a manifest holds it."""
+    return list(img_size) if isinstance(img_size, tuple) else img_size
 
 
 def shown(thing: Any) -> str | None:

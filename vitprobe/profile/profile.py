@@ -77,6 +77,14 @@ class Profile:
         return len(self.values.names)
 
     @property
+    def unfinished(self) -> str | None:
+        """How far a run came that is not complete, as in "64 of 200 images"; None of a complete one."""
+        if self.manifest.get("status", "complete") == "complete":
+            return None
+        total = self.manifest.get("data", {}).get("images")
+        return f"{self.num_images} of {total} images" if total else f"{self.num_images} images of an unfinished run"
+
+    @property
     def num_groups(self) -> int:
         """Independent groups among them: the n of every interval."""
         return len(set(self.values.groups))
@@ -230,10 +238,12 @@ class Profile:
 
     def __repr__(self) -> str:
         """Name, images, blocks."""
-        return f"Profile({self.name!r}, {self.num_images} images, {self.num_blocks} blocks)"
+        images = self.unfinished or f"{self.num_images} images"
+        return f"Profile({self.name!r}, {images}, {self.num_blocks} blocks)"
 
     def _repr_html_(self) -> str:
         """For notebooks: the diagnosis and the summary table."""
         words = "".join(f"<li>{html.escape(line)}</li>" for line in self.diagnosis().lines)
         table = self.summary().to_html(float_format="{:.3f}".format, border=0)
-        return f"<h4>{html.escape(self.name)}</h4><ul>{words}</ul>{table}"
+        title = self.name if self.unfinished is None else f"{self.name} ({self.unfinished})"
+        return f"<h4>{html.escape(title)}</h4><ul>{words}</ul>{table}"

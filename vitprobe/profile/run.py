@@ -202,6 +202,8 @@ class Run:
             "groups": len(set(values.groups)),
             "skipped": [{"name": name, "reason": reason} for name, reason in values.skipped],
         }
+        if status == "complete":
+            self._say_too_few(len(values.names) + len(values.skipped))
         shards = self.manifest["data"].get("shards")
         if isinstance(values, ShardValues) and status == "complete" and shards not in (None, len(values.heads)):
             raise UserError(
@@ -210,6 +212,15 @@ class Run:
             )
         if self.folder is not None:
             self.profile.save(self.folder)
+
+    def _say_too_few(self, came: int) -> None:
+        """A remark where fewer images came than were asked for, and not because they were enough."""
+        asked = self.manifest["arguments"]["num_images"]
+        if asked is not None and came < asked and not (self.stopper is not None and self.stopper.enough):
+            self.manifest["remarks"] = [
+                *self.manifest["remarks"],
+                f"asked for {asked} images; there {'is' if came == 1 else 'are'} {came}",
+            ]
 
 
 def _facts(attention: Capture | None) -> dict[str, Any] | None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from vitprobe.data.shards import SHARD_IMAGES
 from vitprobe.errors import UserError
+from vitprobe.memory import available_memory
 from vitprobe.models.tokens import TokenLayout
 
-CGROUP = Path("/sys/fs/cgroup")
 MOST_IMAGES = SHARD_IMAGES  # larger batches gain nothing
 MEMORY_SHARE = 0.25  # of what is free
 ACTIVATIONS = 24  # float32 tensors of (tokens, width) that are alive at once in a block, with room to spare
@@ -55,18 +53,8 @@ def choose_batch_size(layout: TokenLayout, width: int, device: torch.device, pro
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device; 2 GiB where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        free = 2 * 2**30
-    try:  # a container's or a job's own limit
-        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-    except (OSError, ValueError):  # none, or "max"
-        return free
-    return max(0, min(free, limit - used))
+    """Bytes that are free on the device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 @contextmanager

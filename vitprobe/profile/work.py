@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -14,6 +15,7 @@ import torch
 
 from vitprobe.data.batches import Batch, default_workers, iterate_loader
 from vitprobe.data.images import Groups, Images, LoaderImages
+from vitprobe.data.looking import look_at
 from vitprobe.data.shards import SHARD_IMAGES, Share, cut_loader, iterate_shards
 from vitprobe.data.sources import open_images
 from vitprobe.data.streams import StreamImages, iterate_stream
@@ -21,6 +23,7 @@ from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
 from vitprobe.models.loaded import LoadedModel, with_transform
 from vitprobe.models.loading import load_model
+from vitprobe.profile.arguments import size_of
 from vitprobe.profile.distributed import World
 from vitprobe.profile.launch import local_processes, local_rank
 from vitprobe.profile.manifest import new_manifest
@@ -47,6 +50,11 @@ class Work:
 
     def batches(self, share: Share) -> Generator[Batch, None, None]:
         """The batches of a share, in the order of the draw."""
+        if self.images.normalised and self.manifest["arguments"]["img_size"] is not None:
+            return _of_size(self._batches(share), self.transform.size)
+        return self._batches(share)
+
+    def _batches(self, share: Share) -> Generator[Batch, None, None]:
         num_images = self.manifest["arguments"]["num_images"]
         if isinstance(self.images, LoaderImages):
             return cut_loader(iterate_loader(self.images), num_images)
@@ -102,28 +110,76 @@ def prepare(
             "a DataLoader gives its images in an order that only it knows, so they can neither be shared by processes "
             "nor resumed; give the data set's folder or a list"
         )
-    img_size = arguments["img_size"]
+    img_size, mean, std = size_of(arguments["img_size"]), arguments["mean"], arguments["std"]
     loaded = load_model(model, checkpoint=checkpoint, arch=arguments["arch"], img_size=img_size)
-    loaded = with_transform(loaded, arguments["transform"], img_size or loaded.transform.size)
+    loaded = with_transform(loaded, arguments["transform"], img_size or loaded.transform.size, mean, std)
     transform = loaded.transform
+    images = images.for_model(transform.wanted)
+    remarks = [*loaded.remarks, *look_at(images, loaded.spec.name)]
+    if images.normalised:
+        _require_unprepared(images, arguments)
+        remarks = [line for line in remarks if line not in transform.remarks]
     layout, width = loaded.anatomy.layout(transform.size), loaded.anatomy.width or 768
     batch_size = arguments["batch_size"] or choose_batch_size(layout, width, chosen, local_processes())
     manifest = new_manifest(loaded, chosen, arguments) | {
         "batch_size": min(int(batch_size), SHARD_IMAGES),
+        "remarks": [*remarks, *_unheeded(images, arguments)],
         "processes": world.size,
         "out_of_memory": [],
         "transform": transform.describe(),
         "data": {
             "source": images.source,
+            "images": None,
+            "left_out": images.left_out.names,
             "fingerprint": images.fingerprint(),
             "grouped": groups is not None or images.groups != images.names,  # whether images share groups
             "groups_sha256": None if groups is None else sha256("\0".join(images.groups).encode()).hexdigest(),
         },
     }
     work = Work(loaded, images, transform, chosen, manifest)
-    if not isinstance(images, LoaderImages | StreamImages):
+    if isinstance(images, LoaderImages | StreamImages):
+        known = (getattr(images, "announced", None), arguments["num_images"])
+        manifest["data"]["images"] = min((count for count in known if count is not None), default=None)
+    else:
+        manifest["data"]["images"] = len(work.order)
         manifest["data"]["shards"] = -(-len(work.order) // SHARD_IMAGES)
     return work
+
+
+def _unheeded(images: Images, arguments: dict[str, Any]) -> list[str]:
+    """What is said of options that a source or a shard leaves no room for."""
+    said = []
+    if (arguments["batch_size"] or 0) > SHARD_IMAGES:
+        said.append(f"batch_size {arguments['batch_size']}: a batch is cut at the {SHARD_IMAGES} images of a shard")
+    if isinstance(images, LoaderImages) and arguments["workers"] is not None:
+        said.append("workers are those of the DataLoader (num_workers)")
+    if isinstance(images, StreamImages) and arguments["num_images"] is not None:
+        said.append(f"{images.source} is a stream, of which the first {arguments['num_images']} images are taken")
+    return said
+
+
+def _require_unprepared(images: Images, arguments: dict[str, Any]) -> None:
+    """Raises a UserError where a preparation is asked for of images that are taken as they are."""
+    asked = [name for name in ("mean", "std") if arguments[name] is not None]
+    asked += ["transform='paper'"] * (arguments["transform"] == "paper")
+    if asked:
+        raise UserError(
+            f"{images.source} is taken as normalised for the model already: leave {' and '.join(asked)} out, or give "
+            f"pictures (a folder, files, PIL images)"
+        )
+
+
+def _of_size(batches: Generator[Batch, None, None], size: tuple[int, int]) -> Generator[Batch, None, None]:
+    """Batches of tensors as they come, if they have the size that was asked for."""
+    with closing(batches):
+        for batch in batches:
+            if len(batch) and batch.pixels.shape[-2:] != size:
+                height, width = batch.pixels.shape[-2:]
+                raise UserError(
+                    f"img_size is {size[0]}×{size[1]} and the tensors have {height}×{width} pixels, which are taken as "
+                    f"they are: leave img_size out, or give pictures, which are resized"
+                )
+            yield batch
 
 
 def require_agreement(manifests: list[dict[str, Any]]) -> None:

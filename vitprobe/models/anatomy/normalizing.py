@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from vitprobe.models.anatomy.measured import entering, noise_for
-from vitprobe.models.anatomy.own_vit import channels_of
 from vitprobe.models.anatomy.parts import Anatomy
 
 
@@ -21,7 +20,7 @@ def find_normalizer(anatomy: Anatomy) -> str:
     names = list(_candidates(anatomy))
     if not names:
         return ""
-    images = noise_for(anatomy.module, channels_of(anatomy.tower), anatomy.image_size)
+    images = noise_for(anatomy.module, anatomy.channels, anatomy.image_size)
     entered = entering(anatomy.module, images, anatomy.images_enter)
     same = entered is not None and entered.shape == images.shape and torch.equal(entered, images)
     return "" if same else names[0]

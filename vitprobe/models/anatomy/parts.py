@@ -76,6 +76,18 @@ class Anatomy:
         return self._number("embed_dim", "hidden_size", "hidden_dim", "num_features", "width", "dim", "d_model")
 
     @property
+    def channels(self) -> int:
+        """Channels of the images: what the first convolution in the part that takes them, or linear map, is for."""
+        patch: Size = self.layout(self.image_size).patch_size
+        for part in self.images_enter.modules():
+            if isinstance(count := getattr(part, "in_channels", None), int) and getattr(part, "kernel_size", None):
+                return count
+            pixels = patch[0] * patch[1]
+            if isinstance(count := getattr(part, "in_features", None), int) and count % pixels == 0:
+                return count // pixels
+        return 3
+
+    @property
     def num_heads(self) -> int | None:
         """Heads of the first block's attention; None where the model does not say."""
         return self._number("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
