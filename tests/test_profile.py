@@ -1,13 +1,13 @@
 """`Profile`: its table, summary, saving, loading, and what a notebook shows."""
 
 import json
-import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from fakes import make_profile
+from interval_reference import skew_t_reference
 from vitprobe.errors import UserError
 from vitprobe.profile.profile import Profile
 
@@ -27,7 +27,7 @@ def profile() -> Profile:
 def test_table_is_tidy_with_a_row_a_head_and_one_for_their_mean(profile):
     table = profile.table()
     assert list(table.columns) == [
-        "model", "block", "head", "statistic", "mean", "ci_low", "ci_high", "n", "center", "interval"
+        "model", "block", "head", "statistic", "mean", "ci_low", "ci_high", "n", "center", "about", "interval"
     ]  # fmt: skip
     per_head, per_block = 3 * (2 + 1), 3 * 1  # one value a block has no row a head beside its own
     assert table.groupby("statistic").size().to_dict() == {
@@ -48,21 +48,20 @@ def test_table_is_tidy_with_a_row_a_head_and_one_for_their_mean(profile):
 def test_intervals_are_labelled_and_hold_their_center(profile):
     table = profile.table()
     kinds = table.groupby("statistic")["interval"].agg(lambda kinds: set(kinds).pop())
-    assert kinds["cls_self_attention"] == "t"
+    assert kinds["cls_self_attention"] == "skew-t"
     assert kinds["cls_self_attention_ratio"] == kinds["patch_norm_max_ratio"] == "log-t"
     assert ((table["ci_low"] < table["center"]) & (table["center"] < table["ci_high"])).all()
-    bounded = table[table["interval"] == "t"]
+    bounded = table[table["interval"] == "skew-t"]
     assert (bounded["center"] == bounded["mean"]).all()
+    assert set(bounded["about"]) == {"mean"}
+    assert set(table[table["interval"] == "log-t"]["about"]) == {"geometric mean"}
 
 
 def test_estimate_over_late_blocks_averages_them_image_by_image(profile):
     result = profile.estimate("cls_self_attention", slice(1, 3))
     expected = profile.values.read("cls_self_attention").astype(float)[:, 1:3].mean(axis=(1, 2))
     assert result.mean == pytest.approx(expected.mean())
-    half = (result.high - result.low) / 2
-    from scipy import stats
-
-    assert half == pytest.approx(stats.t.ppf(0.975, 39) * expected.std(ddof=1) / math.sqrt(40))
+    assert (result.low, result.high) == pytest.approx(skew_t_reference(expected))
 
 
 def test_summary_has_a_row_a_block(profile):

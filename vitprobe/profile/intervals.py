@@ -2,8 +2,8 @@
 
 Images that are not independent (crops of one photograph) share a group: means are taken within groups first, and n
 counts groups. Shares are often skewed, so their interval is corrected for skewness and respects their bounds
-(`skew_t_ends`); unbounded ratios are heavy-tailed, and get a t interval on the log scale, which is about their geometric
-mean. Where the data themselves decided how many images there are, both are confidence sequences instead
+(`skew_t_ends`); unbounded ratios are heavy-tailed, and get a t interval on the log scale, which is about their
+geometric mean. Where the data themselves decided how many images there are, both are confidence sequences instead
 (`sequence_half_width`). docs/intervals.md shows how often they hold the truth.
 """
 
@@ -117,7 +117,7 @@ def skew_t_ends(
     n: int,
     bounds: tuple[float, float] = (-np.inf, np.inf),
     level: float = LEVEL,
-) -> Float[np.ndarray, "2 *shape"]:
+) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
     """Return the ends of an interval of a mean of skewed values: at each end, the farther of two intervals.
 
     One is the t interval after Hall's transformation, which removes skewness from the t statistic ("On the removal of
@@ -141,15 +141,18 @@ def skew_t_ends(
     z = stats.t.ppf((1 + level) / 2, n - 1) * np.array([1.0, -1.0]).reshape(2, *[1] * np.ndim(mean))
     removed = z - skewness / (6 * np.sqrt(n))
     root = np.cbrt(1 + skewness / np.sqrt(n) * removed)
-    hall = mean - error * 3 * removed / (root**2 + root + 1)  # 3·removed/(…) is (root − 1)/(skewness/3√n), but for 0 too
+    hall = mean - error * 3 * removed / (
+        root**2 + root + 1
+    )  # 3·removed/(…) is (root − 1)/(skewness/3√n), but for 0 too
     other = mean - error * z
     if np.isfinite(bounds).all() and bounds[0] < bounds[1]:
         low, high = bounds
         share, rest = (np.clip(part / (high - low), TINY, 1.0) for part in (mean - low, high - mean))
         scale = (high - low) * share * rest  # 1 / the slope of the logit
         other = low + (high - low) * special.expit(np.log(share / rest) - z * error / scale)
-    ends = np.stack([np.minimum(hall[0], other[0]), np.maximum(hall[1], other[1])])
-    return np.where(spread > 0, np.clip(ends, *bounds), mean)
+    farther = (np.minimum(hall[0], other[0]), np.maximum(hall[1], other[1]))
+    low, high = (np.where(spread > 0, np.clip(end, *bounds), mean) for end in farther)
+    return low, high
 
 
 class Running:
@@ -235,8 +238,8 @@ class Running:
                 reach = np.inf if self._logarithmic else self._bounds[1] - self._bounds[0]
                 half = sequence_half_width(spread, n, reach, level)
                 half = np.where(np.isfinite(half), half, np.nan)
-            ends = np.stack([middle - half, middle + half])
-            ends = np.clip(np.exp(ends) if self._logarithmic else ends, *self._bounds)
+            ends = middle - half, middle + half
+            ends = tuple(np.clip(np.exp(end) if self._logarithmic else end, *self._bounds) for end in ends)
         center = np.exp(middle) if self._logarithmic else mean
         # Rounding may put a mean beyond a bound, and the ends of a point beside it; an interval contains its center.
         low, high = np.minimum(ends[0], center), np.maximum(ends[1], center)
