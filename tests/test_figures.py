@@ -20,10 +20,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from fakes import make_profile
+from helpers import SMALL, images, tiny
 from vitprobe import figures
 from vitprobe.errors import UserError
 from vitprobe.figures import saving, style
 from vitprobe.models.tokens import TokenLayout
+from vitprobe.profile.analysis import analyze
 from vitprobe.statistics import STATISTICS
 
 NO_CLS = "needs a [cls] token"
@@ -336,6 +338,17 @@ def test_signed_values_are_all_in_the_frame_with_0(level, sign):
         assert ax.get_yscale() == "linear"
         assert "signed, as attention is a difference A1 − λ·A2: mae_vit_b" in note(ax)
     assert "signed" not in note(figures.statistic(FakeProfile(), "patch_self_attention"))
+
+
+def test_a_differential_models_figures_show_all_their_values():
+    profile = analyze(tiny("vit_dlittle_patch16_reg1_gap_256", **SMALL), images(6))
+    assert profile.manifest["signed"]
+    for name in profile.statistics:
+        ax = figures.statistic(profile, name)
+        bottom, top = ax.get_ylim()
+        table = profile.table([name])
+        table = table[table["head"].isna()]
+        assert bottom <= table["ci_low"].min() <= table["ci_high"].max() <= top, name
 
 
 def test_a_signed_profiles_ratios_of_norms_stay_on_their_logarithmic_axis():

@@ -1,6 +1,7 @@
 """`Profile`: its table, summary, saving, loading, and what a notebook shows."""
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from fakes import make_profile
 from interval_reference import skew_t_reference
 from vitprobe.errors import UserError
+from vitprobe.models.tokens import TokenLayout
 from vitprobe.profile.profile import Profile
 
 CURVES = {
@@ -55,6 +57,40 @@ def test_intervals_are_labelled_and_hold_their_center(profile):
     assert (bounded["center"] == bounded["mean"]).all()
     assert set(bounded["about"]) == {"mean"}
     assert set(table[table["interval"] == "log-t"]["about"]) == {"geometric mean"}
+
+
+def test_bounds_are_those_of_this_profile():
+    layout = TokenLayout(grid=(3, 5), has_cls=True, patch_size=(4, 9))
+    profile = make_profile(CURVES, layout=layout)
+    assert profile.bounds("cls_self_attention") == (0, 1)
+    assert profile.bounds("cls_to_patches") == (0, pytest.approx(1 / 15))
+    assert profile.bounds("cls_entropy") == (0, pytest.approx(math.log(15)))
+    assert profile.bounds("attention_distance") == (0, pytest.approx(math.hypot(2, 4)))
+    assert profile.bounds("attention_distance_px") == (0, pytest.approx(6 * math.hypot(2, 4)))
+    assert profile.bounds("patch_norm_max_ratio") == (1, math.inf)
+    profile.manifest["signed"] = True
+    assert profile.bounds("cls_self_attention") == (-math.inf, math.inf)
+    assert profile.bounds("patch_norm_max_ratio") == (1, math.inf)  # of norms, not of attention
+    with pytest.raises(UserError, match="there is no statistic 'entropie'"):
+        profile.bounds("entropie")
+
+
+def test_a_signed_profile_has_intervals_that_reach_below_0():
+    profile = make_profile({"patch_self_attention": [-0.2, 0.0, 0.2]}, spread=0.3)
+    profile.manifest["signed"] = True
+    table = profile.table()
+    assert set(table["interval"]) == {"skew-t"}
+    assert (table["ci_low"] < table["center"]).all() and (table["center"] < table["ci_high"]).all()
+    assert table["ci_low"].min() < -0.2
+
+
+def test_the_summary_csv_says_which_number_its_interval_belongs_to(tmp_path):
+    curves = {"cls_self_attention_ratio": [0.5, 1.0, 2.0], "cls_self_attention": [0.1, 0.2, 0.3]}
+    written = pd.read_csv(make_profile(curves).save(tmp_path / "run") / "summary.csv")
+    assert dict(zip(written["statistic"], written["about"], strict=True)) == {
+        "cls_self_attention_ratio": "geometric mean", "cls_self_attention": "mean"
+    }  # fmt: skip
+    assert ((written["ci_low"] <= written["center"]) & (written["center"] <= written["ci_high"])).all()
 
 
 def test_estimate_over_late_blocks_averages_them_image_by_image(profile):

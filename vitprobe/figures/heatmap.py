@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from vitprobe.errors import UserError
+from vitprobe.figures.captions import POINTS, wrap
 from vitprobe.figures.curves import ProfileLike, as_profile
 from vitprobe.figures.style import LABEL_SIZE, new_axes, style
 from vitprobe.profile.intervals import about
@@ -15,8 +16,8 @@ from vitprobe.statistics import select
 def heads(profile: ProfileLike | object, name: str = "cls_self_attention", *, ax: Axes | None = None) -> Axes:
     """Draw the mean of one statistic for every block (column) and head (row), and give the axes (never shown).
 
-    Colours run from the statistic's lower bound to the largest value drawn; those of signed values (differential
-    attention) run as far below 0 as above. The colour bar says which statistic it is, and whether an unbounded ratio's
+    Colors run from the statistic's lower bound to the largest value drawn; those of signed values (differential
+    attention) run as far below 0 as above. The color bar says which statistic it is, and whether an unbounded ratio's
     geometric mean is drawn.
 
     Args:
@@ -39,19 +40,20 @@ def heads(profile: ProfileLike | object, name: str = "cls_self_attention", *, ax
     lowest, _ = profile.bounds(name)
     if lowest < 0:
         farthest = float(np.nanmax(np.abs(grid.to_numpy(float)))) or 1.0
-        colours = {"vmin": -farthest, "vmax": farthest, "cmap": "PuOr_r"}  # white at 0, even to the eye on both sides
+        colors = {"vmin": -farthest, "vmax": farthest, "cmap": "PuOr_r"}  # white at 0, even to the eye on both sides
     else:
-        colours = {"vmin": lowest, "cmap": "cividis"}  # even to the eye, also without colour vision
+        colors = {"vmin": lowest, "cmap": "cividis"}  # even to the eye, also without colour vision
     geometric = "geometric mean" in {about(kind) for kind in table["interval"]}
+    label = f"{entry.label} ({'geometric mean, ' if geometric else ''}{entry.unit})"
     with style():
         ax = new_axes() if ax is None else ax
         seaborn.heatmap(
             grid,
             ax=ax,
-            **colours,
+            **colors,
             xticklabels="auto",
             yticklabels="auto",
-            cbar_kws={"label": f"{entry.label} ({'geometric mean, ' if geometric else ''}{entry.unit})"},
+            cbar_kws={"label": wrap(label, 1.2 * ax.get_window_extent().height * POINTS / ax.figure.dpi, LABEL_SIZE)},
             rasterized=True,
         )
         ax.set_xlabel("block", fontsize=LABEL_SIZE)
