@@ -174,9 +174,9 @@ def _real(runs: list[str]) -> str:
                         shares.setdefault((name, n), []).append(held(INTERVALS[name](values), column.mean()))
     count = len(shares["t", SIZES[0]])
     lines = [
-        f"The same of real values: {' and '.join(map(str, sorted(images)))} images each through {', '.join(names)}, "
-        f"{count} combinations of model, bounded statistic and\nblock, {REAL_RUNS:,} draws of n images each. Percent "
-        f"held, mean over the combinations (and the 5th percentile of them):\n",
+        f"The same of real values: {' and '.join(map(str, sorted(images)))} images each through {', '.join(names)},\n"
+        f"{count} combinations of model, bounded statistic and block, {REAL_RUNS:,} draws of n images each. Percent "
+        f"held, mean over\nthe combinations (and the 5th percentile of them):\n",
         *_head("interval"),
     ]
     for name in ("t", "skew-t"):

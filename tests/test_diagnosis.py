@@ -188,7 +188,7 @@ def test_a_model_is_not_compared_with_itself(shipped):
 
 def test_an_interval_around_a_threshold_gets_both_words():
     verdict = a_profile(effective=0.5, spread=0.05).diagnosis().verdict
-    assert "[cls] is selective or spread widely (too few images to tell)" in verdict
+    assert "[cls] is selective or spread widely (effectively 32.0 of 64; too few images to tell);" in verdict
     own = a_profile(times=32, spread=0.05).diagnosis().verdict
     assert "patches look about as much at themselves as at each other (32." in own
     assert "patches look mostly at themselves" in a_profile(times=50).diagnosis().verdict

@@ -201,7 +201,9 @@ def _words(profile: Measured, found: dict[str, Estimate], comparison: _Compariso
     if (entropy := found.get("cls_entropy_share")) is not None:
         patches = layout.num_patches
         count = _patches(float(entropy.center), patches)
-        parts.append(f"over the patches [cls] is {_spreading(entropy, patches)} (effectively {count:.1f} of {patches})")
+        word = _spreading(entropy, patches)
+        doubt = "; too few images to tell" if " or " in word else ""
+        parts.append(f"over the patches [cls] is {word} (effectively {count:.1f} of {patches}{doubt})")
     if (own := found.get("patch_self_attention_ratio")) is not None and layout.num_patches > 1:
         where = _sided(
             own, MOST, "mostly at themselves", "mostly at each other", "about as much at themselves as at each other"
@@ -226,7 +228,7 @@ def _keeping(keeps: Estimate, much: float | None) -> str:
 
 def _spreading(entropy: Estimate, patches: int) -> str:
     low, high = (_spread_word(_patches(end, patches) / patches) for end in (_low(entropy), _high(entropy)))
-    return low if low == high else f"{low} or {high} (too few images to tell)"
+    return low if low == high else f"{low} or {high}"
 
 
 def _spread_word(share: float) -> str:
