@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 from fakes import make_profile
+from helpers import SMALL, images, tiny
+from made_squares import squares
 from vitprobe.models.tokens import TokenLayout
+from vitprobe.probing.verify import verify
 from vitprobe.profile import references
+from vitprobe.profile.analysis import analyze
 from vitprobe.profile.references import Reference, distance, load_references
 
 SELFISH = {
@@ -195,9 +199,9 @@ def test_an_interval_around_a_threshold_gets_both_words():
 
 
 def test_few_images_are_said_beside_their_intervals():
-    for images, said in ((5, True), (29, True), (30, False)):
-        diagnosis = a_profile(images=images).diagnosis()
-        assert all((f"n = {images}, few images" in line) == said for line in diagnosis.evidence)
+    for count, said in ((5, True), (29, True), (30, False)):
+        diagnosis = a_profile(images=count).diagnosis()
+        assert all((f"n = {count}, few images" in line) == said for line in diagnosis.evidence)
 
 
 def test_late_blocks_are_the_last_third():
@@ -299,3 +303,10 @@ def test_the_shipped_references_are_of_the_bundled_architecture():
     random = entries["random_vit_nano"].curves
     assert distance(random, {name: [1 / 65 if "cls_self" in name else 1.0 if "entropy" in name else 1 / 64] * 12
                              for name in random}) < 0.01  # fmt: skip
+
+
+def test_what_is_advised_of_differential_attention_can_be_done():
+    model = tiny("vit_dlittle_patch16_reg1_gap_256", **SMALL)
+    diagnosis = analyze(model, images(2)).diagnosis()
+    assert diagnosis.next_step.endswith("measure what the tokens hold (vitprobe verify)")
+    assert len(verify(model, squares(train=120), ["gap"], protocol="knn", workers=0).table()) == 1
