@@ -22,9 +22,18 @@ from test_capture_by_hand import hand_made
 from test_capture_libraries import Multihead
 from vitprobe.cli import main
 from vitprobe.errors import UserError
+from vitprobe.models.tokens import TokenLayout
 from vitprobe.profile import dtype as dtype_module
 from vitprobe.profile.analysis import analyze
-from vitprobe.profile.dtype import ForwardDtype, check_dtype, choose_dtype, dtype_line, relative_errors, weights_dtype
+from vitprobe.profile.dtype import (
+    ForwardDtype,
+    check_dtype,
+    choose_dtype,
+    dtype_line,
+    floor,
+    relative_errors,
+    weights_dtype,
+)
 from vitprobe.profile.profile import Profile
 
 CPU = torch.device("cpu")
@@ -145,8 +154,9 @@ def test_auto_takes_bfloat16_where_every_statistic_is_within_the_bound():
     with settled.autocast(CPU):
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
     assert dtype_line(settled.describe()) == (
-        "dtype: bfloat16; the errors of bfloat16 against float32 on the first 3 images are within 0.01: "
-        "patch_entropy 9.0e-03, cls_entropy 4.0e-03"
+        "dtype: bfloat16; the errors of bfloat16 against float32 in block means (over heads and the first 3 images) "
+        "are within 0.01 of the mean, or of its floor where that is larger (0.01: the value under uniform attention, "
+        "at most 0.01); single heads and images are not bounded. Errors: patch_entropy 9.0e-03, cls_entropy 4.0e-03"
     )
 
 
@@ -160,9 +170,10 @@ def test_auto_takes_float32_where_one_statistic_is_not(error):
     line = dtype_line(settled.describe())
     assert line is not None
     assert line.startswith(
-        "dtype: float32; the errors of bfloat16 against float32 on the first 3 images are not all within 0.01: "
-        f"patch_entropy {'1.1e-02' if error == 0.011 else 'inf'}, "
+        "dtype: float32; the errors of bfloat16 against float32 in block means (over heads and the first 3 images) are "
+        "not all within 0.01 of the mean, or of its floor"
     )
+    assert f"Errors: patch_entropy {'1.1e-02' if error == 0.011 else 'inf'}, " in line
 
 
 def test_the_description_is_json_and_comes_back_the_same():
@@ -179,6 +190,42 @@ def test_errors_are_of_means_over_images_and_heads_the_worst_block_counts():
     infinite = {"a": torch.full((2, 2, 2), math.inf)}
     assert relative_errors(infinite, infinite) == {"a": 0.0}
     assert relative_errors(reference, infinite) == {"a": math.inf}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "expected"),
+    [
+        (TokenLayout((14, 14), has_cls=True), "cls_self_attention", 1 / 197),
+        (TokenLayout((14, 14), has_cls=True), "patch_self_attention_ratio", 1 / 196),
+        (TokenLayout((16, 16), has_cls=True, num_registers=4), "patches_to_registers", 0.01),  # 4/261 is more
+        (TokenLayout((32, 32), has_cls=True, num_registers=4), "patches_to_registers", 4 / 1029),
+        (TokenLayout((64, 64), has_cls=True), "cls_to_patches", 1 / 4097),
+        (TokenLayout((8, 8), has_cls=True), "cls_self_attention", 0.01),  # 1/65 is more
+        (TokenLayout((32, 32), has_cls=True), "cls_entropy", 0.01),
+        (TokenLayout((32, 32), has_cls=True), "cls_entropy_share", 0.01),
+        (TokenLayout((32, 32), has_cls=True), "patch_norm_max_ratio", 0.01),  # no value under uniform attention
+        (TokenLayout((1, 1), has_cls=True), "attention_distance", 0.01),  # whose value there is 0
+    ],
+)
+def test_the_floor_of_a_statistic_follows_its_value_under_uniform_attention(layout, name, expected):
+    assert floor(name, layout) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("moved", "taken"), [(0.02, "float32"), (0.005, "bfloat16")])
+def test_two_percent_of_a_small_share_do_not_pass(moved, taken):
+    """Of 197 tokens, an even share is 0.005; by 2 % of it moved, the mean is off by 1e-4."""
+    layout = TokenLayout((14, 14), has_cls=True)
+
+    def measure(dtype: ForwardDtype) -> dict[str, Tensor]:
+        return {"cls_self_attention": torch.full((3, 2, 4), 0.005 * (1 + moved * (dtype.taken == "bfloat16")))}
+
+    settled = choose_dtype("auto", 0.01, tiny_vit(), CPU, measure, lambda: layout)
+    assert settled.taken == taken
+    assert settled.errors["cls_self_attention"] == pytest.approx(moved * 0.005 * 197, rel=1e-2)
+    described = settled.describe()
+    assert described["floors"] == {"cls_self_attention": pytest.approx(1 / 197)}
+    assert "over heads and these images" in described["bounded"] and "not bounded" in described["bounded"]
+    assert "floor where that is larger (0.0051: " in str(dtype_line(described))
 
 
 def test_auto_without_an_image_to_measure_on_is_float32():
@@ -275,7 +322,9 @@ def test_auto_measures_on_the_first_images_and_runs_all_in_what_it_took(float32,
     for name, of_all in values_of(profile).items():
         assert torch.equal(of_all, values_of(as_taken)[name])
     eight = [analyze(tiny_vit(), images(100)[:8], dtype=one) for one in ("bfloat16", "float32")]
-    assert settled["errors"] == pytest.approx(relative_errors(values_of(eight[0]), values_of(eight[1])), abs=1e-7)
+    assert settled["floors"] == {name: floor(name, profile.layout) for name in profile.statistics}
+    expected = relative_errors(values_of(eight[0]), values_of(eight[1]), settled["floors"])
+    assert settled["errors"] == pytest.approx(expected, abs=1e-7)
 
 
 def test_auto_measures_on_the_first_batch_with_an_image(tmp_path):
@@ -336,8 +385,9 @@ def test_the_command_line_says_what_auto_took(tmp_path):
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert re.search(
-        r"dtype: bfloat16; the errors of bfloat16 against float32 on the first 8 images are within 0\.01: "
-        r"cls_entropy_share \d\.\de-0\d",
+        r"dtype: bfloat16; the errors of bfloat16 against float32 in block means \(over heads and the first 8 images\) "
+        r"are within 0\.01 of the mean, .* single heads and images are not bounded\. "
+        r"Errors: cls_entropy_share \d\.\de-0\d",
         said,
     )
 

@@ -19,10 +19,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from fakes import make_profile
+from helpers import SMALL, images, tiny
 from vitprobe import figures
 from vitprobe.errors import UserError
 from vitprobe.figures import saving, style
 from vitprobe.models.tokens import TokenLayout
+from vitprobe.profile.analysis import analyze
 from vitprobe.statistics import STATISTICS
 
 NO_CLS = "needs a [cls] token"
@@ -43,6 +46,7 @@ class FakeProfile:
     num_heads: int = 3
     lacks: tuple[str, ...] = ()
     no_interval: bool = False
+    signed: bool = False
     asked: list[str] = field(default_factory=list)
 
     @property
@@ -53,6 +57,10 @@ class FakeProfile:
     def undefined(self) -> dict[str, str]:
         reasons = {name: entry.undefined(self.layout, ALL_SEEN) for name, entry in STATISTICS.items()}
         return {name: reason for name, reason in reasons.items() if reason and "register" not in reason}
+
+    def bounds(self, statistic: str) -> tuple[float, float]:
+        signed = self.signed and STATISTICS[statistic].per_head
+        return (-math.inf, math.inf) if signed else STATISTICS[statistic].bounds(self.layout)
 
     def center(self, statistic: str, block: int, head: int = 1) -> float:
         highest = min(STATISTICS[statistic].bounds(self.layout)[1], 10.0)
@@ -70,7 +78,7 @@ class FakeProfile:
             for block in reversed(range(self.num_blocks)):  # the order of rows is the table's affair
                 for head in [*range(self.num_heads if entry.per_head else 0), pd.NA]:
                     center = self.center(statistic, block, 1 if head is pd.NA else head)
-                    low, high = (math.nan, math.nan) if without else (0.9 * center, 1.1 * center)
+                    low, high = (math.nan, math.nan) if without else sorted((0.9 * center, 1.1 * center))
                     mean = center * (1.0 if entry.bounded else 1.3)
                     rows.append((self.name, block, head, statistic, mean, low, high, self.n, center, interval))
         names = ["model", "block", "head", "statistic", "mean", "ci_low", "ci_high", "n", "center", "interval"]
@@ -310,6 +318,85 @@ def test_an_entropys_axis_shows_its_values_and_at_least_the_upper_quarter(level)
     ax = figures.cls_entropy(profile)
     bottom, top = ax.get_ylim()
     assert 0 <= bottom <= min(0.75 * math.log(196), 0.9 * profile.center("cls_entropy", 0)) and top > math.log(196)
+
+
+# --- signed values, and intervals of few images
+
+
+@pytest.mark.parametrize(("level", "sign"), [(-0.1, "both"), (-0.6, "below"), (0.2, "above")])
+def test_signed_values_are_all_in_the_frame_with_0(level, sign):
+    profile = FakeProfile(level=level, signed=True)
+    for others in ([], [FakeProfile("plain")]):
+        ax = figures.statistic([profile, *others], "patch_self_attention", heads=True)
+        bottom, top = ax.get_ylim()
+        drawn = [line.get_ydata() for line in (*main_lines(ax), *labelled(ax.lines, "_head"))]
+        drawn += [band.get_paths()[0].vertices[:, 1] for band in labelled(ax.collections, "_interval")]
+        assert bottom <= 0 <= top
+        assert bottom < min(map(np.min, drawn)) or (bottom == 0 and sign == "above")
+        assert top > max(map(np.max, drawn))
+        assert len(labelled(ax.lines, "_zero")) == (sign != "above")
+        assert ax.get_yscale() == "linear"
+        assert "signed, as attention is a difference A1 − λ·A2: mae_vit_b" in note(ax)
+    assert "signed" not in note(figures.statistic(FakeProfile(), "patch_self_attention"))
+
+
+def test_a_differential_models_figures_show_all_their_values():
+    profile = analyze(tiny("vit_dlittle_patch16_reg1_gap_256", **SMALL), images(6))
+    assert profile.manifest["signed"]
+    for name in profile.statistics:
+        ax = figures.statistic(profile, name)
+        bottom, top = ax.get_ylim()
+        table = profile.table([name])
+        table = table[table["head"].isna()]
+        assert bottom <= table["ci_low"].min() <= table["ci_high"].max() <= top, name
+
+
+def test_a_signed_profiles_ratios_of_norms_stay_on_their_logarithmic_axis():
+    ax = figures.statistic(FakeProfile(signed=True), "patch_norm_max_ratio")
+    assert ax.get_yscale() == "log" and "signed" not in note(ax)
+
+
+def test_the_heat_map_of_signed_values_is_white_at_0():
+    profile = FakeProfile(level=-0.1, signed=True, num_blocks=5)
+    (mesh,) = figures.heads(profile, "patch_self_attention").collections
+    low, high = mesh.get_clim()
+    assert low == -high == -np.abs(mesh.get_array()).max()
+    assert min(mesh.cmap(0.5)[:3]) > 0.9  # white, or nearly
+
+
+def test_the_heat_map_says_that_a_ratio_is_a_geometric_mean():
+    ax = figures.heads(FakeProfile(), "cls_self_attention_ratio")
+    assert ax.figure.axes[-1].get_ylabel().endswith("(geometric mean, ratio)")
+
+
+def test_few_images_are_said_under_the_axes():
+    profiles = [FakeProfile("a", n=5), FakeProfile("b"), FakeProfile("c", n=29), FakeProfile("d", n=1)]
+    words = note(figures.cls_self_attention(profiles))
+    assert "few images (n = 5), intervals of skewed values may be too narrow: a" in words
+    assert "few images (n = 29), intervals of skewed values may be too narrow: c" in words
+    assert words.count("few images") == 2
+    assert "few images" not in note(figures.cls_self_attention(FakeProfile(n=30)))
+    assert "few" not in str(figures.cls_self_attention(FakeProfile(n=5), errorbar=None).texts)
+
+
+@pytest.mark.parametrize("name", ["cls_self_attention", "cls_self_attention_ratio", "patch_norm_max_ratio"])
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+def test_each_line_lies_in_its_band(name, tolerance):
+    """Of a real profile with values so skewed that the plain mean of a ratio lies outside."""
+    rng = np.random.default_rng(0)
+    count = 2 if STATISTICS[name].per_head else 1
+    values = 1 + rng.lognormal(0, 2, (60, 3, count)).astype(np.float32)
+    if name == "cls_self_attention":
+        values = values / (values + 100)
+    profile = make_profile({name: values.mean(axis=(0, 2))})
+    profile.manifest["arguments"]["tolerance"] = tolerance
+    profile.values.pieces[0].arrays[name] = values
+    ax = figures.statistic(profile, name)
+    (line,), (band,) = main_lines(ax), labelled(ax.collections, "_interval")
+    vertices = band.get_paths()[0].vertices
+    for block, y in zip(*line.get_data(), strict=True):
+        ends = vertices[vertices[:, 0] == block, 1]
+        assert ends.min() < y < ends.max()
 
 
 # --- looks

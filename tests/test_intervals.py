@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from interval_reference import skew_t_reference
 from vitprobe.profile.intervals import Running, estimate, group_sizes
 
-SHARE, RATIO = (0.0, 1.0), (0.0, math.inf)
+SHARE, RATIO, ANY = (0.0, 1.0), (0.0, math.inf), (-math.inf, math.inf)
 
 
 def test_a_group_counts_once_whatever_its_size():
@@ -33,12 +34,15 @@ def test_values_that_come_in_parts_give_what_all_at_once_give(bounds, grouped, o
         running.add(values[start:stop], groups[start:stop])
     found = running.estimate()
     means = np.stack([values[[g == group for g in groups]].mean(0) for group in dict.fromkeys(groups)])
-    scaled = np.log(means) if bounds == RATIO else means
-    half = stats.t.ppf(0.975, len(means) - 1) * scaled.std(axis=0, ddof=1) / np.sqrt(len(means))
-    low, high = scaled.mean(axis=0) - half, scaled.mean(axis=0) + half
+    if bounds == RATIO:
+        half = stats.t.ppf(0.975, len(means) - 1) * np.log(means).std(axis=0, ddof=1) / np.sqrt(len(means))
+        low, high = np.exp([np.log(means).mean(axis=0) - half, np.log(means).mean(axis=0) + half])
+    else:
+        ends = [skew_t_reference(column) for column in means.reshape(len(means), -1).T]
+        low, high = np.array(ends).T.reshape(2, *means.shape[1:])
     np.testing.assert_allclose(found.mean, means.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(found.low, np.exp(low) if bounds == RATIO else low, rtol=1e-9)
-    np.testing.assert_allclose(found.high, np.exp(high) if bounds == RATIO else high, rtol=1e-9)
+    np.testing.assert_allclose(found.low, low, rtol=1e-9)
+    np.testing.assert_allclose(found.high, high, rtol=1e-9)
     assert found.n == len(means)
 
 
@@ -58,15 +62,64 @@ def test_memory_holds_open_groups_alone():
         assert list(running._begun) == held
 
 
-def test_t_interval_equals_scipys():
-    values = np.random.default_rng(0).uniform(0.2, 0.6, size=(30, 2))
-    result = estimate(values, [str(i) for i in range(30)], SHARE)
+@pytest.mark.parametrize("bounds", [SHARE, ANY, (0.0, math.log(196)), (0.0, 1 / 196)], ids=str)
+@pytest.mark.parametrize("n", [2, 3, 5, 15, 100])
+def test_interval_of_skewed_values_is_that_of_its_definition(bounds, n):
+    values = np.random.default_rng(n).beta(0.5, 8, size=(n, 4))
+    values[:, 2:] = 1 - values[:, 2:]  # skewed to the other side
+    values *= bounds[1] if math.isfinite(bounds[1]) else 1.0
+    result = estimate(values, [str(i) for i in range(n)], bounds)
+    expected = [skew_t_reference(column, bounds) for column in values.T]
+    np.testing.assert_allclose(np.stack([result.low, result.high], axis=1), expected, rtol=1e-9)
+    np.testing.assert_allclose(result.mean, values.mean(0))
+    np.testing.assert_array_equal(result.center, result.mean)
+    assert (result.n, result.kind, result.about, result.few) == (n, "skew-t", "mean", n < 30)
+
+
+def test_of_symmetric_values_without_bounds_it_is_students():
+    values = np.random.default_rng(0).uniform(0.2, 0.6, size=(15, 2))
+    values = np.concatenate([values, 1 - values])
+    result = estimate(values, [str(i) for i in range(30)], ANY)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     np.testing.assert_allclose(result.low, expected.low)
     np.testing.assert_allclose(result.high, expected.high)
-    np.testing.assert_allclose(result.mean, values.mean(0))
-    np.testing.assert_array_equal(result.center, result.mean)
-    assert (result.n, result.kind) == (30, "t")
+
+
+@pytest.mark.parametrize("bounds", [SHARE, (0.0, math.log(196)), ANY], ids=str)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_an_interval_contains_its_center_at_the_bounds_too(bounds, sequential):
+    """Also of values that float32 rounds to beyond a bound, of one that differs, and of values that are all alike."""
+    high = bounds[1] if math.isfinite(bounds[1]) else 1.0
+    beyond = float(np.nextafter(np.float32(high), np.float32(2 * high)))
+    columns = [
+        [0.0, 0, 0, 0, 0],
+        [high] * 5,
+        [beyond] * 5,
+        [beyond, high, beyond, high, high],
+        [beyond, beyond, beyond, beyond, high * (1 - 1e-7)],
+        [0, 0, 0, 0, 1e-30],
+        [0, 0, 0, 0, high],
+        [0, high, high, high, high],
+        [0.1] * 5,
+    ]
+    for column in columns:
+        result = estimate(np.array(column)[:, None], list("abcde"), bounds, sequential=sequential)
+        if result.kind != "cs" or math.isfinite(bounds[1]) or len(set(column)) > 1:
+            assert result.low <= result.center <= result.high, column
+            assert result.low >= bounds[0]
+            assert result.high <= max(bounds[1], beyond)
+    rounding = estimate(np.array(columns[4])[:, None], list("abcde"), bounds)
+    assert rounding.high - rounding.low < 1e-5 * high  # and is not wide for that
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_a_ratio_whose_mean_lies_beyond_its_interval_is_about_the_geometric_mean(n):
+    values = np.exp(np.array([0.0] * (n - 1) + [0.5])[:, None]) ** 4
+    values = np.concatenate([np.tile(values, (40, 1)), [[1e4]]])
+    result = estimate(values, [str(i) for i in range(len(values))], (1.0, math.inf))
+    assert result.mean > result.high  # why the plain mean must not stand beside it
+    assert 1 <= result.low <= result.center <= result.high
+    assert (result.kind, result.about) == ("log-t", "geometric mean")
 
 
 def test_n_counts_groups_not_images():
@@ -135,3 +188,20 @@ def test_crops_counted_as_images_would_cover_far_too_rarely():
         without += bool(alone.low <= 0.5 <= alone.high)
     assert with_groups / 1000 > 0.93
     assert without / 1000 < 0.75
+
+
+@pytest.mark.parametrize("n", [3, 5, 10, 15, 30])
+@pytest.mark.parametrize("side", ["near 0", "near 1"])
+def test_intervals_of_skewed_shares_hold_at_few_images_where_students_do_not(n, side):
+    """Values whose standard deviation is 1.4 times their mean; `python -m benchmarks.intervals` has many more."""
+    values = np.random.default_rng(6).beta(0.5, 20, (n, 4000))
+    truth = 0.5 / 20.5
+    if side == "near 1":
+        values, truth = 1 - values, 1 - truth
+    result = estimate(values, [str(i) for i in range(n)], SHARE)
+    held = ((result.low <= truth) & (truth <= result.high)).mean()
+    students = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert 0.92 <= held <= 0.97
+    assert ((students.low <= truth) & (truth <= students.high)).mean() < held
+    if n <= 15:
+        assert ((students.low <= truth) & (truth <= students.high)).mean() < 0.9

@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 
 from fakes import make_profile
+from interval_reference import skew_t_reference
 from vitprobe.errors import UserError
+from vitprobe.models.tokens import TokenLayout
 from vitprobe.profile.profile import Profile
 
 CURVES = {
@@ -27,7 +29,7 @@ def profile() -> Profile:
 def test_table_is_tidy_with_a_row_a_head_and_one_for_their_mean(profile):
     table = profile.table()
     assert list(table.columns) == [
-        "model", "block", "head", "statistic", "mean", "ci_low", "ci_high", "n", "center", "interval"
+        "model", "block", "head", "statistic", "mean", "ci_low", "ci_high", "n", "center", "about", "interval"
     ]  # fmt: skip
     per_head, per_block = 3 * (2 + 1), 3 * 1  # one value a block has no row a head beside its own
     assert table.groupby("statistic").size().to_dict() == {
@@ -48,21 +50,54 @@ def test_table_is_tidy_with_a_row_a_head_and_one_for_their_mean(profile):
 def test_intervals_are_labelled_and_hold_their_center(profile):
     table = profile.table()
     kinds = table.groupby("statistic")["interval"].agg(lambda kinds: set(kinds).pop())
-    assert kinds["cls_self_attention"] == "t"
+    assert kinds["cls_self_attention"] == "skew-t"
     assert kinds["cls_self_attention_ratio"] == kinds["patch_norm_max_ratio"] == "log-t"
     assert ((table["ci_low"] < table["center"]) & (table["center"] < table["ci_high"])).all()
-    bounded = table[table["interval"] == "t"]
+    bounded = table[table["interval"] == "skew-t"]
     assert (bounded["center"] == bounded["mean"]).all()
+    assert set(bounded["about"]) == {"mean"}
+    assert set(table[table["interval"] == "log-t"]["about"]) == {"geometric mean"}
+
+
+def test_bounds_are_those_of_this_profile():
+    layout = TokenLayout(grid=(3, 5), has_cls=True, patch_size=(4, 9))
+    profile = make_profile(CURVES, layout=layout)
+    assert profile.bounds("cls_self_attention") == (0, 1)
+    assert profile.bounds("cls_to_patches") == (0, pytest.approx(1 / 15))
+    assert profile.bounds("cls_entropy") == (0, pytest.approx(math.log(15)))
+    assert profile.bounds("attention_distance") == (0, pytest.approx(math.hypot(2, 4)))
+    assert profile.bounds("attention_distance_px") == (0, pytest.approx(6 * math.hypot(2, 4)))
+    assert profile.bounds("patch_norm_max_ratio") == (1, math.inf)
+    profile.manifest["signed"] = True
+    assert profile.bounds("cls_self_attention") == (-math.inf, math.inf)
+    assert profile.bounds("patch_norm_max_ratio") == (1, math.inf)  # of norms, not of attention
+    with pytest.raises(UserError, match="there is no statistic 'entropie'"):
+        profile.bounds("entropie")
+
+
+def test_a_signed_profile_has_intervals_that_reach_below_0():
+    profile = make_profile({"patch_self_attention": [-0.2, 0.0, 0.2]}, spread=0.3)
+    profile.manifest["signed"] = True
+    table = profile.table()
+    assert set(table["interval"]) == {"skew-t"}
+    assert (table["ci_low"] < table["center"]).all() and (table["center"] < table["ci_high"]).all()
+    assert table["ci_low"].min() < -0.2
+
+
+def test_the_summary_csv_says_which_number_its_interval_belongs_to(tmp_path):
+    curves = {"cls_self_attention_ratio": [0.5, 1.0, 2.0], "cls_self_attention": [0.1, 0.2, 0.3]}
+    written = pd.read_csv(make_profile(curves).save(tmp_path / "run") / "summary.csv")
+    assert dict(zip(written["statistic"], written["about"], strict=True)) == {
+        "cls_self_attention_ratio": "geometric mean", "cls_self_attention": "mean"
+    }  # fmt: skip
+    assert ((written["ci_low"] <= written["center"]) & (written["center"] <= written["ci_high"])).all()
 
 
 def test_estimate_over_late_blocks_averages_them_image_by_image(profile):
     result = profile.estimate("cls_self_attention", slice(1, 3))
     expected = profile.values.read("cls_self_attention").astype(float)[:, 1:3].mean(axis=(1, 2))
     assert result.mean == pytest.approx(expected.mean())
-    half = (result.high - result.low) / 2
-    from scipy import stats
-
-    assert half == pytest.approx(stats.t.ppf(0.975, 39) * expected.std(ddof=1) / math.sqrt(40))
+    assert (result.low, result.high) == pytest.approx(skew_t_reference(expected))
 
 
 def test_summary_has_a_row_a_block(profile):

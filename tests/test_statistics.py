@@ -178,6 +178,27 @@ def test_each_entry_declares_itself_in_full() -> None:
         assert statistic.compute.__doc__
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        TokenLayout(grid=(4, 4), has_cls=True),
+        TokenLayout(grid=(2, 5), has_cls=True, num_registers=3, patch_size=(8, 14)),
+        TokenLayout(grid=(3, 3), has_cls=True, num_distillation=1),
+        TokenLayout(grid=(1, 1), has_cls=True),
+    ],
+    ids=str,
+)
+def test_the_value_under_uniform_attention_is_what_uniform_attention_gives(layout) -> None:
+    values = compute_statistics(random_view(layout, sharpness=0))
+    of_attention = {name: value for name, value in values.items() if STATISTICS[name].per_head}
+    assert of_attention
+    for name, value in of_attention.items():
+        uniform = STATISTICS[name].uniform
+        assert uniform is not None, name
+        assert_close(value, np.full(value.shape, uniform(layout)), tolerance=1e-6)
+    assert all(statistic.uniform is None for statistic in STATISTICS.values() if not statistic.per_head)
+
+
 def test_figures_and_released_names_of_the_paper() -> None:
     figures = {statistic.figure: name for name, statistic in STATISTICS.items() if statistic.figure}
     assert figures == {3: "cls_self_attention", 4: "cls_entropy", 5: "patch_self_attention_ratio"}

@@ -76,7 +76,7 @@ def test_equal_values_leave_room_for_those_not_seen_yet():
 
 def test_estimates_of_a_run_that_stopped_itself_are_of_the_sequence_and_wider():
     rng, groups = np.random.default_rng(0), [str(i) for i in range(200)]
-    for bounds, kinds in ((SHARE, ("t", "cs")), ((0.0, math.inf), ("log-t", "log-cs"))):
+    for bounds, kinds in ((SHARE, ("skew-t", "cs")), ((0.0, math.inf), ("log-t", "log-cs"))):
         values = rng.uniform(0.2, 0.6, (200, 3))
         plain, sequence = estimate(values, groups, bounds), estimate(values, groups, bounds, sequential=True)
         assert (plain.kind, sequence.kind) == kinds

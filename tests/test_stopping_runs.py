@@ -88,7 +88,7 @@ def test_the_interval_printed_is_the_sequences(pixels, everything, tmp_path):
     for table in (profile.table(), Profile.load(tmp_path / "run").table()):
         assert set(table["interval"]) == {"cs"}
         assert set(table["n"]) == {profile.num_images}
-    assert set(everything.table()["interval"]) == {"t"}
+    assert set(everything.table()["interval"]) == {"skew-t"}
     ratio = run(pixels[:70], 0.5, statistics=["patch_norm_max_ratio"])
     assert set(ratio.table()["interval"]) == {"log-cs"}
 

@@ -18,9 +18,13 @@ HEADINGS = {
     "attention_distance": "distance in patches",
 }
 
+FEW_IMAGES = "few images (n = {n}): intervals of skewed values may be too narrow (docs/intervals.md)"
+
 
 def profile_table(profile: Profile) -> str:
     """Three main statistics of each block with their intervals, for the screen."""
+    from vitprobe.profile.intervals import FEW
+
     shown = [name for name in HEADINGS if name in profile.statistics][:3] or profile.statistics[:3]
     table = profile.table(shown)
     table = table[table["head"].isna()]
@@ -28,7 +32,7 @@ def profile_table(profile: Profile) -> str:
     for name in shown:
         rows = table[table["statistic"] == name]
         cells = zip(rows["center"], rows["ci_low"], rows["ci_high"], rows["interval"] != "none", strict=True)
-        about = " (geometric mean)" if {"log-t", "log-cs"} & set(rows["interval"]) else ""
+        about = " (geometric mean)" if "geometric mean" in set(rows["about"]) else ""
         columns[HEADINGS.get(name, name) + about] = [
             f"{center:.4f} [{low:.4f}, {high:.4f}]" if known else f"{center:.4f}" for center, low, high, known in cells
         ]
@@ -36,7 +40,8 @@ def profile_table(profile: Profile) -> str:
     if profile.num_groups != profile.num_images:
         images += f" in {profile.num_groups} independent groups"
     title = f"{profile.name} ({profile.paradigm}), {images}; mean over heads [95 % interval]"
-    return f"{title}\n{aligned(columns)}"
+    few = f"\n{FEW_IMAGES.format(n=profile.num_groups)}" if 2 <= profile.num_groups < FEW else ""
+    return f"{title}\n{aligned(columns)}{few}"
 
 
 def aligned(columns: dict[str, list[str]]) -> str:

@@ -43,7 +43,7 @@ from vitprobe.screen import how, profile_table, wrapped
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16", "auto"]),
-    help="Of the forward pass; auto: bfloat16 where its measured error allows.  [the weights' own]",
+    help="Of the forward pass; auto: bfloat16 where its measured error in block means allows.  [the weights' own]",
 )
 @click.option(
     "--kernel",
@@ -58,7 +58,8 @@ from vitprobe.screen import how, profile_table, wrapped
     default=0.01,
     show_default=True,
     metavar="E",
-    help="The error of a statistic that --dtype auto allows.",
+    help="The error that --dtype auto allows in block means over heads and the first images, relative to the mean or, "
+    "if larger, to the value under uniform attention (at most 0.01). Single heads and images are not bounded.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="B", help="Images a batch.  [sized to memory]")
 @click.option("--workers", type=click.IntRange(min=0), metavar="W", help="Reading processes.  [chosen for the machine]")

@@ -11,6 +11,7 @@ import pandas as pd
 
 from vitprobe.errors import UserError
 from vitprobe.models.tokens import TokenLayout
+from vitprobe.profile.intervals import FEW, about, on_log_scale
 
 
 @runtime_checkable
@@ -42,6 +43,10 @@ class ProfileLike(Protocol):
         """Statistic → why this model has none."""
         ...
 
+    def bounds(self, statistic: str) -> tuple[float, float]:
+        """Lowest and highest possible value of a statistic of this profile; infinite where there is none."""
+        ...
+
     def table(self, statistics: Sequence[str] | None = None) -> pd.DataFrame:
         """Rows of block, head (<NA>: the mean over heads), statistic, center, ci_low, ci_high, interval, …."""
         ...
@@ -56,6 +61,7 @@ class Curve:
         paradigm: how it was pretrained.
         layout: its tokens.
         num_blocks: its depth.
+        bounds: lowest and highest possible value of the statistic for this model.
         rows: the mean over heads, a row a block in the order of blocks.
         heads: head → the same for that head; empty where there is one value a block.
         unfinished: how far the run came, if it is not complete ("64 of 200 images").
@@ -65,6 +71,7 @@ class Curve:
     paradigm: str
     layout: TokenLayout
     num_blocks: int
+    bounds: tuple[float, float]
     rows: pd.DataFrame
     heads: dict[int, pd.DataFrame]
     unfinished: str | None = None
@@ -80,9 +87,25 @@ class Curve:
         return "an image has a ratio of 0 or ∞" if "none" in set(self.rows["interval"]) else "all ratios are the same"
 
     @property
+    def is_ratio(self) -> bool:
+        """Whether its values are ratios without an upper bound, for a logarithmic axis."""
+        return on_log_scale(self.bounds)
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether its values may lie below 0, as those of differential attention."""
+        return self.bounds[0] < 0
+
+    @property
+    def few(self) -> int | None:
+        """The number of independent images where its intervals rest on few; None where they do not."""
+        n = int(self.rows["n"].to_numpy(int).min())
+        return n if self.no_interval is None and n < FEW else None
+
+    @property
     def is_geometric(self) -> bool:
         """Whether its centre is the geometric mean, as for unbounded ratios."""
-        return bool(self.rows["interval"].isin(["log-t", "log-cs"]).any())
+        return "geometric mean" in {about(kind) for kind in self.rows["interval"]}
 
 
 Profiles = ProfileLike | Sequence[ProfileLike]
@@ -145,9 +168,8 @@ def _read_curve(name: str, profile: ProfileLike, statistic: str) -> Curve | None
         return None
     heads = sorted(table["head"].dropna().unique())
     of_head = {int(head): _where(table, (table["head"] == head).fillna(False)) for head in heads}
-    return Curve(
-        name, profile.paradigm, profile.layout, profile.num_blocks, rows, of_head, getattr(profile, "unfinished", None)
-    )
+    bounds, unfinished = profile.bounds(statistic), getattr(profile, "unfinished", None)
+    return Curve(name, profile.paradigm, profile.layout, profile.num_blocks, bounds, rows, of_head, unfinished)
 
 
 def _where(table: pd.DataFrame, mask: Any) -> pd.DataFrame:

@@ -90,10 +90,11 @@ def _x(curve: Curve, rows: pd.DataFrame, relative: bool) -> np.ndarray:
 def _maxima(entry: Statistic, curves: Sequence[Curve]) -> dict[float, str]:
     """Height → words of the maxima worth a line: log N of entropies, a line a number of patches, or their share's 1."""
     if entry.unit == "nats":
-        layouts = {curve.layout.num_patches: curve.layout for curve in curves}
-        return {entry.bounds(layout)[1]: f"log {patches}" for patches, layout in sorted(layouts.items())}
+        return {
+            high: f"log {patches}" for patches, high in sorted({(c.layout.num_patches, c.bounds[1]) for c in curves})
+        }
     if entry.name.endswith("entropy_share"):
-        return {entry.bounds(curves[0].layout)[1]: "uniform over the patches"}
+        return {curves[0].bounds[1]: "uniform over the patches"}
     return {}
 
 
@@ -118,16 +119,20 @@ def _maximum_lines(ax: Axes, maxima: dict[float, str]) -> None:
 
 
 def _set_limits(ax: Axes, entry: Statistic, curves: Sequence[Curve], maxima: dict[float, str]) -> None:
-    """Limits of y from the statistic's bounds: shares and distances from 0, entropies up to log N, ratios log-scaled.
+    """Limits of y from the profiles' bounds: shares and distances from 0, entropies up to log N, ratios log-scaled.
 
     The axis of an entropy in nats starts under its lowest value, as the distance to the maximum is what is read off;
-    but it always shows the upper quarter, lest rounding look like a trend.
+    but it always shows the upper quarter, lest rounding look like a trend. Signed values have an axis that shows them
+    all, and 0.
     """
-    if not entry.bounded:
+    if all(curve.is_ratio for curve in curves):
         ax.set_yscale("log")
         _log_ticks(ax)
         return
-    lowest = min(entry.bounds(curve.layout)[0] for curve in curves)
+    if any(curve.is_signed for curve in curves):
+        _signed_limits(ax)
+        return
+    lowest = min(curve.bounds[0] for curve in curves)
     bottom, top = ax.get_ylim()
     if entry.unit == "nats":
         lowest = max(lowest, min(bottom, 0.75 * min(maxima)))
@@ -137,6 +142,15 @@ def _set_limits(ax: Axes, entry: Statistic, curves: Sequence[Curve], maxima: dic
     if top <= lowest:  # a single patch, where every entropy and distance is 0
         top = lowest + 1.0
     ax.set_ylim(lowest, top)
+
+
+def _signed_limits(ax: Axes) -> None:
+    """All that is drawn, and 0 with a line where values lie below it."""
+    bottom, top = min(ax.dataLim.y0, 0.0), max(ax.dataLim.y1, 0.0)
+    room = 0.05 * (top - bottom) or 1.0
+    ax.set_ylim(bottom - room * (bottom < 0), top + room)
+    if bottom < 0:
+        ax.axhline(0, color="#555555", linewidth=0.8, label="_zero", zorder=1.4)
 
 
 def _log_ticks(ax: Axes) -> None:
@@ -156,6 +170,9 @@ def _notes(
     notes = []
     if bands and any(curve.no_interval is None for curve in curves):
         notes.append(f"bands: 95 % interval of the {mean} over images")
+    for n in sorted({curve.few for curve in curves if bands and curve.few}):
+        names = ", ".join(curve.name for curve in curves if curve.few == n)
+        notes.append(f"few images (n = {n}), intervals of skewed values may be too narrow: {names}")
     for reason in {curve.no_interval: None for curve in curves if bands and curve.no_interval}:
         names = ", ".join(curve.name for curve in curves if curve.no_interval == reason)
         notes.append(f"plain mean without interval ({reason}): {names}")
@@ -164,6 +181,9 @@ def _notes(
         notes.append(f"unfinished: {', '.join(unfinished)}")
     if heads and any(curve.heads for curve in curves):
         notes.append("thin lines: single heads")
+    signed = [curve.name for curve in curves if curve.is_signed]
+    if signed:
+        notes.append(f"signed, as attention is a difference A1 − λ·A2: {', '.join(signed)}")
     if missing:
         notes.append("not shown: " + "; ".join(f"{name} ({reason})" for name, reason in missing))
     return notes

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from vitprobe.errors import UserError
+from vitprobe.figures.captions import POINTS, wrap
 from vitprobe.figures.curves import ProfileLike, as_profile
 from vitprobe.figures.style import LABEL_SIZE, new_axes, style
+from vitprobe.profile.intervals import about
 from vitprobe.statistics import select
 
 
 def heads(profile: ProfileLike | object, name: str = "cls_self_attention", *, ax: Axes | None = None) -> Axes:
     """Draw the mean of one statistic for every block (column) and head (row), and give the axes (never shown).
 
-    Colour runs from the statistic's lower bound to the largest value drawn; the colour bar says which.
+    Colors run from the statistic's lower bound to the largest value drawn; those of signed values (differential
+    attention) run as far below 0 as above. The color bar says which statistic it is, and whether an unbounded ratio's
+    geometric mean is drawn.
 
     Args:
         profile: one profile.
@@ -32,16 +37,23 @@ def heads(profile: ProfileLike | object, name: str = "cls_self_attention", *, ax
         raise UserError(f"{name} has one value a block, not one a head; draw it with figures.statistic")
     table = profile.table([name]).dropna(subset=["head"])
     grid = table.pivot(index="head", columns="block", values="center")
+    lowest, _ = profile.bounds(name)
+    if lowest < 0:
+        farthest = float(np.nanmax(np.abs(grid.to_numpy(float)))) or 1.0
+        colors = {"vmin": -farthest, "vmax": farthest, "cmap": "PuOr_r"}  # white at 0, even to the eye on both sides
+    else:
+        colors = {"vmin": lowest, "cmap": "cividis"}  # even to the eye, also without colour vision
+    geometric = "geometric mean" in {about(kind) for kind in table["interval"]}
+    label = f"{entry.label} ({'geometric mean, ' if geometric else ''}{entry.unit})"
     with style():
         ax = new_axes() if ax is None else ax
         seaborn.heatmap(
             grid,
             ax=ax,
-            vmin=entry.bounds(profile.layout)[0],
-            cmap="cividis",  # even to the eye, also without colour vision
+            **colors,
             xticklabels="auto",
             yticklabels="auto",
-            cbar_kws={"label": f"{entry.label} ({entry.unit})"},
+            cbar_kws={"label": wrap(label, 1.2 * ax.get_window_extent().height * POINTS / ax.figure.dpi, LABEL_SIZE)},
             rasterized=True,
         )
         ax.set_xlabel("block", fontsize=LABEL_SIZE)

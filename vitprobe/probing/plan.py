@@ -187,7 +187,7 @@ def _require_prepared(data: LabelledData, model: LoadedModel, mean: Sequence[flo
     for images in (part.images for part in (data.train, data.test) if part.images.normalised):
         size = tuple(getattr(images.read(0), "shape", ())[-2:])
         if size != model.transform.size:
-            came, takes = (f"{height}×{width}" for height, width in (size, model.transform.size))
+            came, takes = ("×".join(map(str, pixels)) for pixels in (size, model.transform.size))
             raise UserError(
                 f"the tensors of {data.name} have {came} pixels, and {model.spec.name} takes {takes}: give tensors of "
                 f"that size, or say theirs with img_size"

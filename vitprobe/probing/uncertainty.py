@@ -176,7 +176,7 @@ def components(
     # A class of one image says nothing of how images of a class differ. It is taken to vary as the others do on
     # average; where every class has one, the mean over classes is the accuracy, and so is its interval.
     whole = labels is None or len(np.unique(labels)) == num_images
-    classes = np.zeros(num_images, dtype=np.intp) if whole else labels
+    classes = np.zeros(num_images, dtype=np.intp) if whole or labels is None else labels
     order = np.argsort(classes, kind="stable")
     _, starts, counts = np.unique(classes[order], return_index=True, return_counts=True)
     weight = 1 / (counts * len(counts) ** 2)  # of the variance of a class's images in that of the accuracy

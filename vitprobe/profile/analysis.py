@@ -83,9 +83,10 @@ def analyze(
             at most this share of the mean (of an entropy's maximum; of 1 on the log scale of ratios), after 64 groups
             or more; `vitprobe.profile.stopping` says all of it. From a DataLoader images come in its own order.
         dtype: what the forward pass runs in: "float32", "bfloat16" or "float16" (autocast), or "auto" (bfloat16 where
-            that is measured to change no statistic of the first images by more than `dtype_bound`); the weights' own
-            precision without. Statistics are computed in float32 in any case.
-        dtype_bound: the error that "auto" allows, of |a − b| / max(0.01, |b|).
+            that is measured to move no block's mean, over heads and the first images, by more than `dtype_bound`); the
+            weights' own precision without. Statistics are computed in float32 in any case.
+        dtype_bound: the error |a − b| / max(floor, |b|) of such a mean that "auto" allows; the floor of a statistic is
+            0.01, or its value under uniform attention where that is less. Single heads and images are not bounded.
         kernel: "auto", "torch" or "model", as for `capture`: which kernel gives attention's output; the manifest says
             what ran.
         batch_size: images a batch, at most a shard's 64; sized to the free memory without, and halved where that runs
@@ -210,7 +211,8 @@ def _settle_dtype(work: Work, run: Run, measure: Measurement, batches: Iterator[
     def choose() -> dict[str, Any]:
         if run.begun is not None:
             return run.begun.manifest["forward_dtype"]
-        return choose_dtype(asked, bound, work.model.module, work.device, trial).describe()
+        layout = lambda: measure.attention.layout  # noqa: E731
+        return choose_dtype(asked, bound, work.model.module, work.device, trial, layout).describe()
 
     work.manifest["forward_dtype"] = run.world.on_first(choose)
     measure.forward = ForwardDtype.from_description(work.manifest["forward_dtype"])

@@ -1,7 +1,9 @@
 """In which precision the forward pass runs; statistics are computed in float32 from the queries and keys it made.
 
 A smaller precision than the weights' is torch's autocast, which leaves the weights as they are. "auto" takes bfloat16
-where it is shown, on the first images, to change no statistic by more than a bound.
+where the first images show that it moves no block's mean over heads and images, of any statistic, by more than a bound.
+The bound is relative to that mean, or to the statistic's floor where the mean is smaller; it says nothing of single
+heads or single images.
 """
 
 from __future__ import annotations
@@ -18,11 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import UserError
+from vitprobe.models.tokens import TokenLayout
+from vitprobe.statistics import STATISTICS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHOICES = (*DTYPES, "auto")
-DTYPE_BOUND = 0.01  # the largest error that "auto" allows, of |a − b| / max(0.01, |b|)
-SMALLEST = 1e-2  # means below this are compared absolutely
+DTYPE_BOUND = 0.01  # the largest error that "auto" allows, of |a − b| / max(floor, |b|)
+SMALLEST = 1e-2  # the largest floor
+BOUNDED = (
+    "the mean over heads and these images of each statistic in each block, relative to itself or to the statistic's "
+    "floor; single heads and images are not bounded"
+)
 MEASURED_IMAGES = 8  # "auto" measures on at most as many of the first batch
 
 
@@ -36,8 +44,10 @@ class ForwardDtype:
         bound: with "auto", the error allowed.
         images: with "auto", how many images it was measured on.
         errors: with "auto", the measured error of each statistic under bfloat16: the largest over blocks of
-            |a − b| / max(0.01, |b|), a and b the means over these images and all heads under bfloat16 and float32.
+            |a − b| / max(floor, |b|), a and b the means over these images and all heads under bfloat16 and float32.
         reason: with "auto", why nothing was measured, if so.
+        floors: with "auto", the floor of each statistic (`floor`).
+        bounded: with "auto", what the bound is of, in words.
     """
 
     asked: str | None
@@ -46,6 +56,8 @@ class ForwardDtype:
     images: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
     reason: str | None = None
+    floors: dict[str, float] = field(default_factory=dict)
+    bounded: str | None = None
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """A context for the forward pass."""
@@ -88,12 +100,24 @@ def own_dtype(module: nn.Module) -> ForwardDtype:
     return ForwardDtype(None, _name(weights_dtype(module)))
 
 
+def floor(name: str, layout: TokenLayout | None) -> float:
+    """Return the mean of a statistic below which errors are compared absolutely.
+
+    0.01, or the statistic's value under uniform attention where that is less: a share that is 1/N when nothing is
+    preferred must be told from 1/N. 0.01 for what has no such value.
+    """
+    uniform = STATISTICS[name].uniform if name in STATISTICS else None
+    value = SMALLEST if uniform is None or layout is None else uniform(layout)
+    return min(SMALLEST, value) if value > 0 else SMALLEST
+
+
 def choose_dtype(
     asked: str | None,
     bound: float,
     module: nn.Module,
     device: torch.device,
     measure: Callable[[ForwardDtype], Mapping[str, Tensor]],
+    layout: Callable[[], TokenLayout | None] = lambda: None,
 ) -> ForwardDtype:
     """Settle the dtype of a run, when its first images have come.
 
@@ -104,6 +128,7 @@ def choose_dtype(
         device: that device.
         measure: dtype → `{name: (images, blocks, heads)}` of a forward pass in it; called for "auto" alone. Empty where
             there was no image.
+        layout: called after `measure`: the token layout that it saw, for the floors.
 
     Raises:
         UserError: for weights that are not float32, or a dtype that the device cannot autocast to.
@@ -128,17 +153,25 @@ def choose_dtype(
     values, reference = measure(small), measure(plain)
     if not reference:
         return ForwardDtype(asked, "float32", bound, reason="there was no image to measure bfloat16 on")
-    errors, images = relative_errors(values, reference), len(next(iter(reference.values())))
+    seen = layout()
+    floors = {name: floor(name, seen) for name in reference}
+    errors, images = relative_errors(values, reference, floors), len(next(iter(reference.values())))
     taken = small.taken if all(error <= bound for error in errors.values()) else plain.taken
-    return ForwardDtype(asked, taken, bound, images, errors)
+    return ForwardDtype(asked, taken, bound, images, errors, floors=floors, bounded=BOUNDED)
 
 
-def relative_errors(values: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
-    """The largest error of each statistic over blocks: |a − b| / max(0.01, |b|) of means over images and heads."""
+def relative_errors(
+    values: Mapping[str, Tensor], reference: Mapping[str, Tensor], floors: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Return the largest error of each statistic over blocks: |a − b| / max(floor, |b|) of means over images and heads.
+
+    `floors` by statistic; 0.01 for those that are not in it.
+    """
     errors = {}
     for name, expected in reference.items():
         a, b = (tensor.double().mean(dim=(0, 2)) for tensor in (values[name], expected))
-        error = torch.where(a == b, 0.0, (a - b).abs() / b.abs().clamp(min=SMALLEST))  # infinity equals itself
+        smallest = (floors or {}).get(name, SMALLEST)
+        error = torch.where(a == b, 0.0, (a - b).abs() / b.abs().clamp(min=smallest))  # infinity equals itself
         errors[name] = float(torch.where(error.isnan(), math.inf, error).max())
     return errors
 
@@ -153,9 +186,12 @@ def dtype_line(described: dict[str, Any]) -> str | None:
     ranked = sorted(settled.errors, key=lambda name: -settled.errors[name])
     said = ", ".join(f"{name} {settled.errors[name]:.1e}" for name in ranked)
     verdict = "within" if settled.taken == "bfloat16" else "not all within"
+    low, high = (pick(settled.floors.values(), default=SMALLEST) for pick in (min, max))
     return (
-        f"dtype: {settled.taken}; the errors of bfloat16 against float32 on the first {settled.images} images are "
-        f"{verdict} {settled.bound:g}: {said}"
+        f"dtype: {settled.taken}; the errors of bfloat16 against float32 in block means (over heads and the first "
+        f"{settled.images} images) are {verdict} {settled.bound:g} of the mean, or of its floor where that is larger "
+        f"({low:.2g}{'' if low == high else f' to {high:.2g}'}: the value under uniform attention, at most "
+        f"{SMALLEST:g}); single heads and images are not bounded. Errors: {said}"
     )
 
 

@@ -1,9 +1,10 @@
 """Means and confidence intervals over images, with the independent image as the unit.
 
 Images that are not independent (crops of one photograph) share a group: means are taken within groups first, and n
-counts groups. Bounded statistics get a t interval, clipped at their bounds; unbounded ratios are heavy-tailed, and get
-one on the log scale, which is about their geometric mean. Where the data themselves decided how many images there
-are, both are of a confidence sequence instead (`sequence_half_width`).
+counts groups. Shares are often skewed, so their interval is corrected for skewness and respects their bounds
+(`skew_t_ends`); unbounded ratios are heavy-tailed, and get a t interval on the log scale, which is about their
+geometric mean. Where the data themselves decided how many images there are, both are confidence sequences instead
+(`sequence_half_width`). docs/intervals.md shows how often they hold the truth.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special, stats
 
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import STATISTICS
 
 LEVEL = 0.95
+FEW = 30  # below this many groups, intervals of strongly skewed values hold less often than they say
+TINY = 1e-300  # share of the distance between bounds that stands for 0 where a logarithm is taken
 NARROWEST_AT = 500  # groups at which a confidence sequence is narrowest for its n; it must not depend on the data
 
 
@@ -30,12 +33,12 @@ class Estimate:
 
     Attributes:
         mean: the plain mean of group means.
-        center: what the interval is about: the mean, or the geometric mean ("log-t").
+        center: the number that the interval is about, and contains: the mean, or the geometric mean on the log scale.
         low: the interval's lower end, NaN where there is none.
         high: its upper end.
         n: independent groups.
-        kind: "t", "log-t", "cs" or "log-cs" (confidence sequence), or "none" (fewer than two groups, or a ratio of 0
-            or ∞).
+        kind: "skew-t" (of `skew_t_ends`), "log-t", "cs" or "log-cs" (confidence sequence), or "none" (fewer than two
+            groups, or a ratio of 0 or ∞).
     """
 
     mean: Float[np.ndarray, "*shape"]
@@ -44,6 +47,21 @@ class Estimate:
     high: Float[np.ndarray, "*shape"]
     n: int
     kind: str
+
+    @property
+    def about(self) -> str:
+        """What `center` is: "mean" or "geometric mean"."""
+        return about(self.kind)
+
+    @property
+    def few(self) -> bool:
+        """Whether n is so small that an interval of strongly skewed values holds less often than it says."""
+        return self.kind != "none" and self.n < FEW
+
+
+def about(kind: str) -> str:
+    """What an interval of this kind is about: "geometric mean" on the log scale, else "mean"."""
+    return "geometric mean" if kind.startswith("log-") else "mean"
 
 
 def group_sizes(groups: Sequence[str]) -> Mapping[str, int] | None:
@@ -92,12 +110,58 @@ def sequence_half_width(
     return np.asarray(np.where(spread > 0, boundary * spread, -log_alpha / n * reach))
 
 
+def skew_t_ends(
+    mean: Float[np.ndarray, "*shape"],
+    spread: Float[np.ndarray, "*shape"],
+    skewness: Float[np.ndarray, "*shape"],
+    n: int,
+    bounds: tuple[float, float] = (-np.inf, np.inf),
+    level: float = LEVEL,
+) -> tuple[Float[np.ndarray, "*shape"], Float[np.ndarray, "*shape"]]:
+    """Return the ends of an interval of a mean of skewed values: at each end, the farther of two intervals.
+
+    One is the t interval after Hall's transformation, which removes skewness from the t statistic ("On the removal of
+    skewness by transformation", JRSS B 54, 1992). It needs no more than three moments, and is too short at small n,
+    where skewness is underestimated. The other is the t interval on the scale that the bounds of the values suggest,
+    by the delta method: the logit scale between two bounds, the plain scale without. Near a bound it is skewed by
+    itself, whatever n. With spread 0 both are the mean alone.
+
+    Args:
+        mean: mean over groups.
+        spread: standard deviation over groups (n − 1 in its denominator).
+        skewness: third standardised moment over groups (n in its denominators).
+        n: groups, at least 2.
+        bounds: lowest and highest possible value; both finite, or both infinite.
+        level: confidence.
+
+    Returns:
+        Lower and upper ends, within `bounds`.
+    """
+    error = spread / np.sqrt(n)
+    z = stats.t.ppf((1 + level) / 2, n - 1) * np.array([1.0, -1.0]).reshape(2, *[1] * np.ndim(mean))
+    removed = z - skewness / (6 * np.sqrt(n))
+    root = np.cbrt(1 + skewness / np.sqrt(n) * removed)
+    hall = mean - error * 3 * removed / (
+        root**2 + root + 1
+    )  # 3·removed/(…) is (root − 1)/(skewness/3√n), but for 0 too
+    other = mean - error * z
+    if np.isfinite(bounds).all() and bounds[0] < bounds[1]:
+        low, high = bounds
+        share, rest = (np.clip(part / (high - low), TINY, 1.0) for part in (mean - low, high - mean))
+        scale = (high - low) * share * rest  # 1 / the slope of the logit
+        other = low + (high - low) * special.expit(np.log(share / rest) - z * error / scale)
+    farther = (np.minimum(hall[0], other[0]), np.maximum(hall[1], other[1]))
+    low, high = (np.where(spread > 0, np.clip(end, *bounds), mean) for end in farther)
+    return low, high
+
+
 class Running:
     """Mean over groups and its interval, of values that come a part at a time.
 
     Memory holds the sums of groups that are not whole yet, and nothing else that grows with the number of images.
     Moments of parts are merged as by Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing
-    sample variances", 1982), of differences from the first group, so that equal values leave a spread of exactly 0.
+    sample variances", 1982) and Pébay (third moments; Sandia report 2008-6212), of differences from the first group, so
+    that equal values leave a spread of exactly 0.
     """
 
     def __init__(self, sizes: Mapping[str, int] | None, bounds: tuple[float, float] = (-np.inf, np.inf)) -> None:
@@ -108,11 +172,13 @@ class Running:
         self._begun: dict[str, tuple[int, Any]] = {}  # images so far, and their sum
         self._n = 0
         self._has_interval = True
-        # Of group means: their sum. Of these, or their logarithms, as differences from the first: mean and squares.
+        # Of group means: their sum. Of these, or their logarithms, as differences from the first: mean, and the sums of
+        # the second and third powers of differences from it.
         self._total: Any = 0.0
         self._origin: Any = None
         self._middle: Any = 0.0
         self._squares: Any = 0.0
+        self._cubes: Any = 0.0
 
     def add(self, values: Float[np.ndarray, "image ..."], groups: Sequence[str]) -> None:
         """Take some images, with the group of each."""
@@ -126,13 +192,21 @@ class Running:
             self._has_interval = False
         if not self._has_interval:
             return
-        scaled = np.log(means) if self._logarithmic else means
+        # Clipped, as rounding may put values beyond a bound, where no scale reaches.
+        scaled = np.log(means) if self._logarithmic else np.clip(means, *self._bounds)
         self._origin = scaled[0] if self._origin is None else self._origin
         away = scaled - self._origin
         middle = away.mean(axis=0)
-        step = middle - self._middle
-        self._middle = self._middle + step * len(means) / self._n
-        self._squares = self._squares + ((away - middle) ** 2).sum(axis=0) + step**2 * before * len(means) / self._n
+        squares, cubes = (((away - middle) ** power).sum(axis=0) for power in (2, 3))
+        step, new, n = middle - self._middle, len(means), self._n
+        self._cubes = (
+            self._cubes
+            + cubes
+            + step**3 * before * new * (before - new) / n**2
+            + 3 * step * (before * squares - new * self._squares) / n
+        )
+        self._middle = self._middle + step * new / n
+        self._squares = self._squares + squares + step**2 * before * new / n
 
     def _whole(
         self, values: Float[np.ndarray, "image ..."], groups: Sequence[str], sizes: Mapping[str, int]
@@ -155,17 +229,27 @@ class Running:
             nothing = np.full(mean.shape, np.nan)
             return Estimate(mean, mean, nothing, nothing, n, "none")
         middle, spread = np.asarray(self._origin + self._middle), np.asarray(np.sqrt(self._squares / (n - 1)))
-        if sequential:
-            reach = np.inf if self._logarithmic else self._bounds[1] - self._bounds[0]
-            half = sequence_half_width(spread, n, reach, level)
-            half = np.where(np.isfinite(half), half, np.nan)
+        kind = ("log-" if self._logarithmic else "") + ("cs" if sequential else "t" if self._logarithmic else "skew-t")
+        if kind == "skew-t":
+            ends = skew_t_ends(middle, spread, self._skewness(), n, self._bounds, level)
         else:
             half = stats.t.ppf((1 + level) / 2, n - 1) * spread / np.sqrt(n)
-        ends = np.stack([middle - half, middle + half])
-        low, high = np.exp(ends) if self._logarithmic else np.clip(ends, *self._bounds)
+            if sequential:
+                reach = np.inf if self._logarithmic else self._bounds[1] - self._bounds[0]
+                half = sequence_half_width(spread, n, reach, level)
+                half = np.where(np.isfinite(half), half, np.nan)
+            ends = middle - half, middle + half
+            ends = tuple(np.clip(np.exp(end) if self._logarithmic else end, *self._bounds) for end in ends)
         center = np.exp(middle) if self._logarithmic else mean
-        kind = ("log-" if self._logarithmic else "") + ("cs" if sequential else "t")
+        # Rounding may put a mean beyond a bound, and the ends of a point beside it; an interval contains its center.
+        low, high = np.minimum(ends[0], center), np.maximum(ends[1], center)
         return Estimate(mean, np.asarray(center), np.asarray(low), np.asarray(high), n, kind)
+
+    def _skewness(self) -> Float[np.ndarray, "*shape"]:
+        """Third standardised moment of what the interval is computed from; 0 without spread."""
+        variance = np.asarray(self._squares / self._n)
+        some = variance > 0
+        return np.where(some, self._cubes / self._n / np.where(some, variance, 1.0) ** 1.5, 0.0)
 
 
 def estimate(
@@ -177,10 +261,10 @@ def estimate(
 ) -> Estimate:
     """Mean over images and its two-sided interval at `level`.
 
-    Values with an upper bound of infinity (ratios) are taken to the log scale; the interval of others is clipped at
-    `bounds`. With fewer than two groups the interval is NaN.
+    Values with an upper bound of infinity (ratios) are taken to the log scale; the interval of others is that of
+    `skew_t_ends`. With fewer than two groups the interval is NaN.
 
-    `sequential` is for values whose number the data decided: the interval is of a confidence sequence, not Student's.
+    `sequential` is for values whose number the data decided: the interval is a confidence sequence.
     """
     running = Running(group_sizes(groups), bounds)
     running.add(values, groups)

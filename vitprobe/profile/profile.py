@@ -120,9 +120,20 @@ class Profile:
         self._require(statistic)
         return ((values.astype(np.float64), groups) for values, groups in self.values.parts(statistic))
 
+    def bounds(self, statistic: str) -> tuple[float, float]:
+        """Return the lowest and highest possible value of a statistic of this profile; infinite where there is none.
+
+        They depend on the token layout (1/N, log N, the grid's diagonal). Differential attention is a difference of
+        two distributions, so statistics of its weights have no bounds.
+
+        Raises:
+            UserError: for a statistic that is not in the table, with the nearest ones.
+        """
+        select([statistic])
+        return statistic_bounds(statistic, self.layout, bool(self.manifest.get("signed")))
+
     def _running(self, statistic: str) -> Running:
-        bounds = statistic_bounds(statistic, self.layout, bool(self.manifest.get("signed")))
-        return Running(self._group_sizes, bounds)
+        return Running(self._group_sizes, self.bounds(statistic))
 
     @cached_property
     def _group_sizes(self) -> Mapping[str, int] | None:
@@ -135,10 +146,16 @@ class Profile:
     def table(self, statistics: Sequence[str] | None = None) -> pd.DataFrame:
         """The results, tidy: a row a statistic, block and head, and one more a block for the mean over heads.
 
-        Columns: model, block, head (`<NA>` for the mean over heads), statistic, mean, ci_low, ci_high (95 %), n
-        (independent groups of images), center (what the interval is about: the mean, or for unbounded ratios the
-        geometric mean), interval ("t", "log-t"; "cs", "log-cs" of a confidence sequence where the run stopped itself;
-        "none" for fewer than two groups).
+        Columns:
+            model, block, head (`<NA>` for the mean over heads), statistic.
+            mean: the plain mean over images; that of an unbounded ratio may lie outside its interval.
+            ci_low, ci_high: the 95 % interval of `center`.
+            n: independent groups of images.
+            center: the number that the interval belongs to and contains; plot and quote this one.
+            about: what `center` is, "mean" or, of an unbounded ratio, "geometric mean".
+            interval: how it was made: "skew-t" or, on the log scale, "log-t"; "cs" and "log-cs" of a confidence
+                sequence where the run stopped itself; "none" for fewer than two groups or a ratio of 0 or ∞.
+                docs/intervals.md has them all.
 
         Raises:
             UserError: for a statistic that this profile does not hold, with the reason.
@@ -176,6 +193,7 @@ class Profile:
                 "ci_high": result.high.ravel(),
                 "n": result.n,
                 "center": result.center.ravel(),
+                "about": result.about,
                 "interval": result.kind,
             }
         )
@@ -187,9 +205,9 @@ class Profile:
             raise UserError(f"{self.name} has no {name}: {reason}")
 
     def summary(self) -> pd.DataFrame:
-        """Means over heads of the main statistics: a row a block, a column a statistic."""
+        """Means over heads of the main statistics (`center` of the table): a row per block, a column per statistic."""
         names = [name for name in SUMMARY if name in self.statistics]
-        columns = {name: self.estimate(name).mean for name in names}
+        columns = {name: self.estimate(name).center for name in names}
         return pd.DataFrame(columns, index=pd.RangeIndex(self.num_blocks, name="block"))
 
     def diagnosis(self) -> Diagnosis:

@@ -30,6 +30,31 @@ def _entropy(layout: TokenLayout) -> tuple[float, float]:
     return 0.0, math.log(layout.num_patches)
 
 
+def _one_of_tokens(layout: TokenLayout) -> float:
+    return 1 / layout.num_tokens
+
+
+def _one_of_patches(layout: TokenLayout) -> float:
+    return 1 / layout.num_patches
+
+
+def _registers_of_tokens(layout: TokenLayout) -> float:
+    return layout.num_registers / layout.num_tokens
+
+
+def _mean_distance(layout: TokenLayout) -> float:
+    """Mean distance between two patches of the grid, each drawn from all, in patches."""
+    offsets = [torch.arange(1 - edge, edge, dtype=torch.float64) for edge in layout.grid]
+    often = [(edge - offset.abs()) / edge**2 for edge, offset in zip(layout.grid, offsets, strict=True)]
+    return float((often[0][:, None] * often[1] * torch.hypot(offsets[0][:, None], offsets[1])).sum())
+
+
+def _pixels(layout: TokenLayout) -> float:
+    """Pixels an edge of a patch, the geometric mean where it is no square."""
+    height, width = layout.patch_size
+    return math.sqrt(height * width)
+
+
 def _entropies(rows: RowSummary) -> Tensor:
     assert rows.entropy is not None
     return rows.entropy
@@ -52,6 +77,7 @@ def _clamp_entropy(entropy: Tensor, layout: TokenLayout) -> Tensor:
     figure=3,
     released_name="cls_cls_attention",
     asks="cls",
+    uniform=_one_of_tokens,
 )
 def cls_self_attention(view: AttentionView) -> PerHead:
     """A_00: the share of its attention that [cls] gives to itself, 0 to 1 (the paper's Figure 3)."""
@@ -67,6 +93,7 @@ def cls_self_attention(view: AttentionView) -> PerHead:
     "cls distribution",
     released_name="cls_cls_attention_adj_for_cls",
     asks="cls",
+    uniform=_one_of_patches,
 )
 def cls_self_attention_ratio(view: AttentionView) -> PerHead:
     """A_00 / S_0: what [cls] gives itself per unit that it gives the patches, 0 to ∞ (an odds, not a share)."""
@@ -82,6 +109,7 @@ def cls_self_attention_ratio(view: AttentionView) -> PerHead:
     "cls",
     released_name="cls_pos_attention",
     asks="cls",
+    uniform=_one_of_tokens,
 )
 def cls_to_patches(view: AttentionView) -> PerHead:
     """(1/N) Σ_P A_0j: what [cls] gives one patch on average, 0 to 1/N."""
@@ -89,7 +117,15 @@ def cls_to_patches(view: AttentionView) -> PerHead:
     return torch.exp(rows.log_z_patches[..., 0] - rows.log_z[..., 0]) / view.layout.num_patches
 
 
-@declare("cls_to_registers", "[cls] attention to registers", "share", _share, "cls registers", asks="cls")
+@declare(
+    "cls_to_registers",
+    "[cls] attention to registers",
+    "share",
+    _share,
+    "cls registers",
+    asks="cls",
+    uniform=_registers_of_tokens,
+)
 def cls_to_registers(view: AttentionView) -> PerHead:
     """Σ over registers of A_0j: what [cls] gives all registers together, 0 to 1."""
     rows = view.cls_row
@@ -106,6 +142,7 @@ def cls_to_registers(view: AttentionView) -> PerHead:
     figure=4,
     released_name="cls_pos_entropy",
     asks="cls",
+    uniform=lambda layout: math.log(layout.num_patches),
 )
 def cls_entropy(view: AttentionView) -> PerHead:
     """Entropy in nats of the [cls] row over the patches, renormalised there, 0 to log N (the paper's Figure 4)."""
@@ -113,7 +150,13 @@ def cls_entropy(view: AttentionView) -> PerHead:
 
 
 @declare(
-    "cls_entropy_share", "[cls] attention entropy / log N", "share", _share, "cls patches distribution", asks="cls"
+    "cls_entropy_share",
+    "[cls] attention entropy / log N",
+    "share",
+    _share,
+    "cls patches distribution",
+    asks="cls",
+    uniform=lambda layout: 1.0,
 )
 def cls_entropy_share(view: AttentionView) -> PerHead:
     """`cls_entropy` as a share of its maximum log N, 0 to 1: comparable between grids."""
@@ -121,7 +164,13 @@ def cls_entropy_share(view: AttentionView) -> PerHead:
 
 
 @declare(
-    "patch_self_attention", "patch self-attention", "share", _share, released_name="pos_self_attention", asks="sums"
+    "patch_self_attention",
+    "patch self-attention",
+    "share",
+    _share,
+    released_name="pos_self_attention",
+    asks="sums",
+    uniform=_one_of_tokens,
 )
 def patch_self_attention(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P A_tt: the share of its attention that a patch gives to itself, 0 to 1."""
@@ -138,6 +187,7 @@ def patch_self_attention(view: AttentionView) -> PerHead:
     figure=5,
     released_name="pos_self_attention_adj_for_cls",
     asks="sums",
+    uniform=_one_of_patches,
 )
 def patch_self_attention_ratio(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P A_tt / S_t: a patch's own share of what it gives to patches, 0 to 1 (the paper's Figure 5)."""
@@ -153,6 +203,7 @@ def patch_self_attention_ratio(view: AttentionView) -> PerHead:
     "cls",
     released_name="pos_cls_attention",
     asks="sums",
+    uniform=_one_of_tokens,
 )
 def patches_to_cls(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P A_t0: the share of its attention that a patch gives to [cls], 0 to 1."""
@@ -160,7 +211,15 @@ def patches_to_cls(view: AttentionView) -> PerHead:
     return torch.exp(rows.prefix_logits[..., 0] - rows.log_z).mean(dim=-1)
 
 
-@declare("patches_to_registers", "patches' attention to registers", "share", _share, "registers", asks="sums")
+@declare(
+    "patches_to_registers",
+    "patches' attention to registers",
+    "share",
+    _share,
+    "registers",
+    asks="sums",
+    uniform=_registers_of_tokens,
+)
 def patches_to_registers(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P Σ over registers of A_tj: what a patch gives to all registers together, 0 to 1."""
     rows = view.patch_sums
@@ -176,13 +235,22 @@ def patches_to_registers(view: AttentionView) -> PerHead:
     "distribution",
     released_name="pos_pos_entropy",
     asks="rows",
+    uniform=lambda layout: math.log(layout.num_patches),
 )
 def patch_entropy(view: AttentionView) -> PerHead:
     """Mean over patch rows of their entropy in nats over the patches, itself included, 0 to log N."""
     return _clamp_entropy(_entropies(view.patch_rows).mean(dim=-1), view.layout)
 
 
-@declare("patch_entropy_share", "patch attention entropy / log N", "share", _share, "patches distribution", asks="rows")
+@declare(
+    "patch_entropy_share",
+    "patch attention entropy / log N",
+    "share",
+    _share,
+    "patches distribution",
+    asks="rows",
+    uniform=lambda layout: 1.0,
+)
 def patch_entropy_share(view: AttentionView) -> PerHead:
     """`patch_entropy` as a share of its maximum log N, 0 to 1."""
     return patch_entropy(view) / math.log(view.layout.num_patches)
@@ -195,6 +263,7 @@ def patch_entropy_share(view: AttentionView) -> PerHead:
     lambda layout: (0.0, layout.diagonal),
     "distribution",
     asks="rows",
+    uniform=_mean_distance,
 )
 def attention_distance(view: AttentionView) -> PerHead:
     """Mean over patch rows of the distance on the grid to the patches attended to, in patches, 0 to the diagonal.
@@ -211,11 +280,11 @@ def attention_distance(view: AttentionView) -> PerHead:
     "attention_distance_px",
     "attention distance",
     "px",
-    lambda layout: (0.0, layout.diagonal * math.sqrt(layout.patch_size[0] * layout.patch_size[1])),
+    lambda layout: (0.0, layout.diagonal * _pixels(layout)),
     "distribution",
     asks="rows",
+    uniform=lambda layout: _mean_distance(layout) * _pixels(layout),
 )
 def attention_distance_px(view: AttentionView) -> PerHead:
     """`attention_distance` times the patch size (its geometric mean where a patch is no square), in pixels."""
-    height, width = view.layout.patch_size
-    return attention_distance(view) * math.sqrt(height * width)
+    return attention_distance(view) * _pixels(view.layout)

@@ -43,6 +43,8 @@ class Statistic:
         asks: what it asks of the view, the dearest last: "tokens" (norms of tokens), "cls" (the row of [cls]), "sums"
             (what each patch row's weights were divided by), "rows" (the whole of each patch row).
         compute: AttentionView → `(B, H)`, or `(B, 1)` where it is one number a block.
+        uniform: layout → its value under uniform attention, every token to every token alike; None where attention
+            weights do not decide it.
         per_head: whether it has one value a head.
         figure: the figure of the paper (arXiv 2412.03215) that it feeds, if any.
         released_name: its name in the paper's released script, if it has one there.
@@ -55,6 +57,7 @@ class Statistic:
     needs: frozenset[Need]
     compute: Callable[[AttentionView], Float[Tensor, "batch head"]]
     asks: Asks = "tokens"
+    uniform: Callable[[TokenLayout], float] | None = None
     per_head: bool = True
     figure: int | None = None
     released_name: str | None = None
