@@ -22,7 +22,8 @@ from vitprobe.data.sources import LoaderImages, open_images
 from vitprobe.data.streams import StreamImages
 from vitprobe.errors import UserError
 from vitprobe.files import write_atomically
-from vitprobe.models.loaded import LoadedModel, weights_sha256
+from vitprobe.models.identity import weights_sha256
+from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tap import Tap
@@ -146,6 +147,11 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
     if model is None and not words["model"]["by_name"]:
         raise UserError(f"{path} was trained on a model given in Python: give the same with load_probe(path, model)")
     loaded = _load_model(words["arguments"], model, checkpoint)
+    if words["model"]["weights_sha256"] is None:
+        raise UserError(
+            f"{path} was trained on weights that have no digest, so that no model can be shown to be the one it belongs "
+            f"to: run verify on the same weights in plain tensors"
+        )
     if weights_sha256(loaded.module) != words["model"]["weights_sha256"]:
         raise UserError(
             f"{path} was trained on other weights of {words['model']['name']} than those of {loaded.spec.name}: give "

@@ -109,10 +109,11 @@ class Verification:
     @property
     def conditions(self) -> str:
         """What every number here is conditional on, and what its interval is, in a sentence each."""
-        weights = self.manifest["model"]["weights_sha256"][:12]
+        digest = self.manifest["model"]["weights_sha256"]
+        weights = "weights without a digest" if digest is None else f"sha256 {digest[:12]}…"
         varied = f"{self.num_images} test images" + (f" and {self.num_seeds} seeds" if self.num_seeds > 1 else "")
         return (
-            f"Conditional on these backbone weights ({self.name}, sha256 {weights}…), on the training images of "
+            f"Conditional on these backbone weights ({self.name}, {weights}), on the training images of "
             f"{self.data} and on the protocol {self.protocol}. 95 % intervals over {varied} ({METHOD}); differences "
             f"are paired, p-values two-sided, p_holm adjusted for all rows."
         )
@@ -168,7 +169,7 @@ class Verification:
         )
         selected = pd.DataFrame([dict(result.hyperparameters) for result in self.results], index=table.index)
         table = pd.concat([table, selected], axis=1)
-        table["model"], table["weights"] = self.name, self.manifest["model"]["weights_sha256"][:12]
+        table["model"], table["weights"] = self.name, (self.manifest["model"]["weights_sha256"] or "")[:12]
         return table
 
     def _baseline(self, name: str) -> int | None:
