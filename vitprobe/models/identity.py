@@ -1,8 +1,8 @@
 """The identity of a model's weights: one digest over all that they are, however they are kept.
 
-Plain tensors come first, in the order of their names, and alone make the digest of an ordinary model. Then, only where a
-model has them: quantised tensors and packed weights, tensor subclasses by the tensors in them, what a module saves beside
-its tensors (`get_extra_state`), and buffers that are not saved. What is made of something else has no identity.
+Plain tensors, in the order of their names, make the digest of an ordinary model. Where a model has them, the digest
+holds quantised tensors and packed weights, tensor subclasses by the tensors in them, what a module saves beside its
+tensors (`get_extra_state`), and buffers that are not saved. What is made of something else has no identity.
 """
 
 from __future__ import annotations
@@ -55,8 +55,7 @@ def unidentified(module: nn.Module) -> str:
 
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors of numbers with a point that a parameter is made of: itself, or what its class holds, where known.
-    """
+    """The plain tensors of real numbers that a parameter is made of: itself, or what its class holds, where known."""
     try:
         inner = _inside(tensor)
     except _UnknownError:
@@ -131,8 +130,14 @@ def _add(digest: Any, name: Any, value: Any, depth: int = _DEPTH) -> None:
         parts(_class_of(value), {"state": _unpacked(value)})
     elif isinstance(value, Mapping):
         pairs = list(value.items())  # in their order, which may mean something
-        parts("mapping", {f"{kind} {number}": pair[kind == "value"] for number, pair in enumerate(pairs)
-                          for kind in ("key", "value")})
+        parts(
+            "mapping",
+            {
+                f"{kind} {number}": pair[kind == "value"]
+                for number, pair in enumerate(pairs)
+                for kind in ("key", "value")
+            },
+        )
     elif isinstance(value, list | tuple):
         parts(type(value).__qualname__, {str(number): part for number, part in enumerate(value)})
     elif isinstance(value, functools.partial):
@@ -208,7 +213,7 @@ def _unpacked(packed: torch.ScriptObject) -> Any:
     for way in ("__getstate__", "unpack"):
         try:
             return getattr(packed, way)()
-        except Exception:  # noqa: S112 - the other way, or none
+        except Exception:  # the other way, or none
             continue
     raise _UnknownError(_class_of(packed))
 
