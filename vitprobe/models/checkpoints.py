@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitprobe.errors import UserError
-from vitprobe.models.flax_files import is_archive, read_archive
+from vitprobe.models.flax_files import RESAMPLING, is_archive, read_archive
 from vitprobe.models.pickles import BadFileError, Foreign, one_line
 from vitprobe.models.position_grids import source_grid
 from vitprobe.models.roles import said, words_of
@@ -58,17 +58,19 @@ class Checkpoint:
         state: by name; of several sets in the file the one that was taken.
         others: keys of the sets that were not.
         remarks: what a user must read of the choice.
+        resampling: how a table of positions in it is resampled, where not as usual.
     """
 
     state: dict[str, Tensor]
     others: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    resampling: Mapping[str, Any] = field(default_factory=dict)
 
     def named(self, names: Iterable[str]) -> Checkpoint:
         """The same under the names of a model, without a wrapper's prefix; of several prefixes the one to take."""
         found = as_named(self.state, set(names))
         remarks = self.remarks + said(found.taken, found.others)
-        return Checkpoint(found.state, (*self.others, *found.others), remarks)
+        return replace(self, state=found.state, others=(*self.others, *found.others), remarks=remarks)
 
     @property
     def choice(self) -> str:
@@ -128,6 +130,8 @@ def require_file(path: Path) -> None:
     """
     if not path.exists():
         raise UserError(f"there is no checkpoint file {path}")
+    if (path / "config.json").is_file():
+        raise UserError(f"{path} is a folder with a model's weights and its config.json: give it as --model {path}")
     if not path.is_file():
         raise UserError(f"{path} is not a file: give a checkpoint (.safetensors, .pth, .pt, .bin)")
 
@@ -137,7 +141,7 @@ def _open(path: Path, key: str | None = None, first: tuple[str, ...] = ()) -> Ch
         head = file.read(64)
     if head.startswith(ZIP_MAGIC):
         if is_archive(records_of(path)):
-            return _under(Checkpoint(read_archive(path)), key)
+            return _under(Checkpoint(read_archive(path), resampling=RESAMPLING), key)
         saved = read_zip(path)
     elif LEGACY_MAGIC in head[:32]:
         saved = read_legacy(path)
@@ -162,7 +166,7 @@ def _open(path: Path, key: str | None = None, first: tuple[str, ...] = ()) -> Ch
 
 def _under(found: Checkpoint, key: str | None) -> Checkpoint:
     """The weights of a file without dictionaries in it whose names begin with a key."""
-    return found if key is None else Checkpoint(under_prefix({"": found.state}, key)[1])
+    return found if key is None else replace(found, state=under_prefix({"": found.state}, key)[1])
 
 
 def _what_instead(head: bytes) -> str:
@@ -178,10 +182,11 @@ def _what_instead(head: bytes) -> str:
     return "is no checkpoint: neither safetensors nor a file that torch.save wrote"
 
 
-def load_downloaded(module: nn.Module, path: Path) -> None:
+def load_downloaded(module: nn.Module, path: Path, hint: str = DOWNLOAD_AGAIN) -> tuple[str, ...]:
     """Loads a file that was downloaded for timm's own config of a model: by timm's rules, but no code in it runs.
 
-    Where that config counts other classes than the model has, the model keeps its own classifier.
+    Where that config counts other classes than the model has, the model keeps its own classifier. `hint` says what to
+    do with a file that does not fit; the remarks that it gives are those of `load_into`.
 
     Raises:
         UserError: for a file that is damaged or does not fit.
@@ -189,14 +194,14 @@ def load_downloaded(module: nn.Module, path: Path) -> None:
     try:
         state = open_checkpoint(path, first=_TIMMS_HOLDERS).state
     except UserError as error:
-        raise UserError(f"{error}; {DOWNLOAD_AGAIN}") from error
+        raise UserError(f"{error}; {hint}" if hint else str(error)) from error
     target = module.state_dict()
     config: Any = module.pretrained_cfg
     if getattr(module, "num_classes", config["num_classes"]) != config["num_classes"]:
         heads = tuple(f"{name}." for name in _classifiers(module))
         state = {name: value for name, value in strip_prefix(state, target).items() if not name.startswith(heads)}
         state |= {name: value for name, value in target.items() if name.startswith(heads)}
-    load_into(module, state, source=str(path), hint=DOWNLOAD_AGAIN)
+    return load_into(module, state, source=str(path), hint=hint or OTHER_ARCHITECTURE)
 
 
 def load_into(
@@ -281,8 +286,10 @@ def _is_encoders(name: str, target: Mapping[str, Any]) -> bool:
     """Whether a weight that a model lacks is of an encoder: then the file is of another architecture."""
     first = name.partition(".")[0]
     words = words_of(first)
-    return not re.fullmatch(r"[\w.-]+", name) or any(own.partition(".")[0] == first for own in target) or (
-        bool(words & _ENCODER) and not words & _BESIDE
+    return (
+        not re.fullmatch(r"[\w.-]+", name)
+        or any(own.partition(".")[0] == first for own in target)
+        or (bool(words & _ENCODER) and not words & _BESIDE)
     )
 
 

@@ -120,6 +120,7 @@ def make_plan(
     *,
     checkpoint: str | Path | None,
     arch: str | None,
+    weights_key: str | None,
     img_size: Any,
     blocks: Sequence[int] | None,
     norm: bool | None,
@@ -136,7 +137,7 @@ def make_plan(
     """
     chosen = choose_device(device)
     labelled = open_labelled(data, seed=seed)
-    loaded = load_model(model, checkpoint=checkpoint, arch=arch, img_size=img_size)
+    loaded = load_model(model, checkpoint=checkpoint, arch=arch, weights_key=weights_key, img_size=img_size)
     undefined: dict[str, str] = {}
     taps = _taps(loaded, blocks, norm, protocol, undefined)
     with FrozenModel(loaded, taps, dtype=dtype, device=chosen) as frozen:

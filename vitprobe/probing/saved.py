@@ -31,7 +31,7 @@ from vitprobe.probing.tokens import FrozenModel
 
 FOLDER, FILES = "probes", "*@block*-seed*.safetensors"
 _KEY, _VERSION = "vitprobe_probe", 1
-_GIVEN = ("model", "checkpoint", "arch", "img_size")  # arguments that say which model it was
+_GIVEN = ("model", "checkpoint", "arch", "weights_key", "img_size")  # arguments that say which model it was
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,8 +149,8 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
     loaded = _load_model(words["arguments"], model, checkpoint)
     if words["model"]["weights_sha256"] is None:
         raise UserError(
-            f"{path} was trained on weights that have no digest, so that no model can be shown to be the one it belongs "
-            f"to: run verify on the same weights in plain tensors"
+            f"{path} was trained on weights that have no digest, so that no model can be shown to be the one it "
+            f"belongs to: run verify on the same weights in plain tensors"
         )
     if weights_sha256(loaded.module) != words["model"]["weights_sha256"]:
         raise UserError(
@@ -178,7 +178,8 @@ def _load_model(given: Mapping[str, Any], model: Any, checkpoint: str | Path | N
         name = checkpoint  # the model was a file itself
     elif checkpoint is not None:
         weights = checkpoint
-    return load_model(name, checkpoint=weights, arch=given["arch"], img_size=size)
+    key = given.get("weights_key")  # probes of earlier versions do not say
+    return load_model(name, checkpoint=weights, arch=given["arch"], weights_key=key, img_size=size)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -33,6 +33,7 @@ def verify(
     protocol: str | Protocol = "fast",
     checkpoint: str | Path | None = None,
     arch: str | None = None,
+    weights_key: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     blocks: Sequence[int] | None = None,
     norm: bool | None = None,
@@ -61,6 +62,7 @@ def verify(
         protocol: "fast", "cached", "knn", "logistic", or a `Protocol`.
         checkpoint: as for `load_model`.
         arch: as for `load_model`.
+        weights_key: as for `load_model`.
         img_size: the input size in pixels, where it is not the model's own.
         blocks: the blocks whose output is read, negative from the last; the last one without. Several are probed in
             the same pass.
@@ -82,7 +84,14 @@ def verify(
     check_whole(workers=(workers, 0), seed=(seed, 0))
     check_resume(resume, overwrite, out)
     asked = [aggregators] if isinstance(aggregators, str) else aggregators
-    options = {"checkpoint": checkpoint, "arch": arch, "img_size": img_size, "dtype": dtype, "device": device}
+    options = {
+        "checkpoint": checkpoint,
+        "arch": arch,
+        "weights_key": weights_key,
+        "img_size": img_size,
+        "dtype": dtype,
+        "device": device,
+    }
     arguments = {
         "model": shown(model),
         "data": ", ".join(str(shown(part)) for part in data) if isinstance(data, list | tuple) else shown(data),

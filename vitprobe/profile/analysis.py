@@ -37,6 +37,7 @@ def analyze(
     *,
     checkpoint: str | Path | None = None,
     arch: str | None = None,
+    weights_key: str | None = None,
     num_images: int | None = None,
     transform: str = "model",
     img_size: int | None = None,
@@ -66,6 +67,7 @@ def analyze(
         data: anything that `open_images` takes; without it the packaged sample photographs.
         checkpoint: as for `load_model`: a file with the weights of the named model.
         arch: as for `load_model`: the architecture of a checkpoint file.
+        weights_key: as for `load_model`: which of several sets of weights in that file.
         num_images: analyse this many, drawn at random without replacement (from a DataLoader or a stream: its first
             ones); all of them without.
         transform: "model" (the model's own preprocessing) or "paper" (shorter side to 256 for a 224 crop, bicubic,
@@ -108,6 +110,7 @@ def analyze(
         "model": shown(model),
         "checkpoint": shown(checkpoint),
         "arch": arch,
+        "weights_key": weights_key,
         "data": shown(data),
         "num_images": num_images,
         "transform": transform,

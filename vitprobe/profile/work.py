@@ -103,7 +103,8 @@ def prepare(
             "nor resumed; give the data set's folder or a list"
         )
     img_size = arguments["img_size"]
-    loaded = load_model(model, checkpoint=checkpoint, arch=arguments["arch"], img_size=img_size)
+    arch, weights_key = arguments["arch"], arguments["weights_key"]
+    loaded = load_model(model, checkpoint=checkpoint, arch=arch, weights_key=weights_key, img_size=img_size)
     transform = model_transform(loaded.module, arguments["transform"], img_size or loaded.transform.size)
     layout, width = loaded.anatomy.layout(transform.size), loaded.anatomy.width or 768
     batch_size = arguments["batch_size"] or choose_batch_size(layout, width, chosen, local_processes())
