@@ -21,7 +21,7 @@ _MOST = 64  # times the file's size that its arrays may take
 
 def is_archive(names: list[str]) -> bool:
     """Whether the records of a zip archive are those of Google's Vision Transformers."""
-    return any(f"{root}embedding/kernel.npy" in names for root in _ROOTS)
+    return any(re.match(r"(opt/target/|params/|params/img/)?(embedding/kernel|Transformer/)", name) for name in names)
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         BadFileError: for a damaged file, arrays of objects, or arrays of another layout.
     """
     arrays = _arrays(path)
-    root = next(root for root in _ROOTS if f"{root}embedding/kernel" in arrays)
+    root = next((root for root in _ROOTS if f"{root}embedding/kernel" in arrays), "")
     arrays = {name.removeprefix(root): array for name, array in arrays.items() if name.startswith(root)}
     try:
         return _translated(arrays)
