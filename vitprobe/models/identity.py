@@ -143,7 +143,7 @@ def _add(digest: Any, name: Any, value: Any, depth: int = _DEPTH) -> None:
     elif isinstance(value, functools.partial):
         parts("partial", {"function": value.func, "arguments": value.args, "options": value.keywords})
     elif isinstance(value, type | types.BuiltinFunctionType) or _at_the_top(value):
-        header("name", f"{value.__module__}.{value.__qualname__}")
+        header("name", f"{value.__module__}.{value.__qualname__}")  # type: ignore[union-attr]
     elif dataclasses.is_dataclass(value):
         named = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
         parts(type(value).__qualname__, named)
