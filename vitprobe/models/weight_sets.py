@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from vitprobe.models.pickles import BadFileError, Foreign, TensorRecord, one_line
-from vitprobe.models.roles import AVERAGED, role, said
+from vitprobe.models.roles import AVERAGED, PLAIN, role, said
 from vitprobe.models.weight_names import prefixes_of_blocks, without_wrappers
 
 # Where training checkpoints keep the weights, the likeliest first.
@@ -93,7 +93,11 @@ def _choose(content: Any, first: tuple[str, ...], path: str = "") -> tuple[str, 
     """The set to take of a dictionary and those in it."""
     records = {name: value for name, value in content.items() if _is_weight(name, value)}
     inside = {name: size for name, value in content.items() if isinstance(name, str) and (size := _size(value))}
-    known = [name for name in inside if name in (*first, *HOLDERS) or role(name, inside) == AVERAGED]
+    known = [
+        name
+        for name in inside
+        if name in (*first, *HOLDERS) or (role(name, inside) != PLAIN and not _NO_WEIGHTS.search(name))
+    ]
     if not known and not records:
         if len(inside) > 1:
             raise BadFileError(f"holds several sets of weights ({_some(inside)}): choose one with --weights-key KEY")
