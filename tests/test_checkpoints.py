@@ -486,7 +486,7 @@ def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
         (torch.ones(1), "holds no weights by name but a single tensor"),
         (
             {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1)}},
-            "holds several sets of weights (a, b): save the one to use in a file alone",
+            "holds several sets of weights (a, b): choose one with --weights-key KEY",
         ),
     ],
 )

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from vitprobe.errors import UserError
 from vitprobe.models import hub
-from vitprobe.models.loaded import weights_sha256
+from vitprobe.models.identity import weights_sha256
 from vitprobe.models.loading import load_model, require_loadable
 from vitprobe.models.registry import find_spec
 

@@ -27,7 +27,7 @@ from vitprobe.hooks.transformers_kernels import _bias
 from vitprobe.models import hub, huggingface
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.huggingface_images import _share
-from vitprobe.models.loaded import weights_sha256
+from vitprobe.models.identity import weights_sha256
 from vitprobe.models.loading import load_model, require_loadable
 
 transformers = pytest.importorskip("transformers")

@@ -20,7 +20,8 @@ from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
 from vitprobe.models import from_hub, hub, loading
 from vitprobe.models.building import architecture_of, build, spec_of
-from vitprobe.models.loaded import LoadedModel, weights_sha256
+from vitprobe.models.identity import weights_sha256
+from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model, require_loadable
 from vitprobe.models.registry import find_spec
 from vitprobe.models.tokens import TokenLayout

@@ -22,7 +22,7 @@ from made_squares import BANK, CACHED, KNN, LOGISTIC, METHODS, squares, write_sq
 from vitprobe import UserError, Verification, load_model, verify
 from vitprobe.data.images import ListImages
 from vitprobe.data.labelled import LabelledData, LabelledSet
-from vitprobe.models.loaded import weights_sha256
+from vitprobe.models.identity import weights_sha256
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.heldout import held_out

@@ -73,7 +73,12 @@ from vitprobe.screen import how, profile_table, wrapped
 )
 @which_way
 def command(
-    models: tuple[str, ...], checkpoint: Path | None, arch: str | None, out: Path | None, **options: Any
+    models: tuple[str, ...],
+    checkpoint: Path | None,
+    arch: str | None,
+    weights_key: str | None,
+    out: Path | None,
+    **options: Any,
 ) -> None:
     """Measure how attention flows in a model; print a table and a verdict, draw the paper's figures.
 
@@ -81,7 +86,7 @@ def command(
 
     On several GPUs or machines: torchrun --nproc-per-node 8 -m vitprobe analyze …
     """
-    names, folders, given = choose_runs(models, checkpoint, arch, out, options["resume"])
+    names, folders, given = choose_runs(models, checkpoint, arch, weights_key, out, options["resume"])
     if not launched():
         _analyze(names, folders, given, options)
         return

@@ -91,6 +91,11 @@ def which_models(command: Callable) -> Callable:
     """The options that say what to load."""
     for option in (
         click.option(
+            "--weights-key",
+            metavar="KEY",
+            help="Of a --checkpoint with several sets of weights this one.  [averaged ones, else the usual]",
+        ),
+        click.option(
             "--arch", metavar="NAME", help="The architecture of --checkpoint: an alias or a timm architecture."
         ),
         click.option("--checkpoint", type=SomePath(), metavar="FILE", help="Weights for --model, or for --arch."),
@@ -99,7 +104,7 @@ def which_models(command: Callable) -> Callable:
             "models",
             multiple=True,
             metavar="NAME",
-            help="An alias (vitprobe models), any timm name, hf-hub:… or hf:…; repeat for several.  "
+            help="An alias (vitprobe models), any timm name, hf-hub:…, hf:…, or a folder; repeat for several.  "
             "[mae_vit_nano and supervised_vit_nano]",
         ),
     ):

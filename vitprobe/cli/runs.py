@@ -15,21 +15,30 @@ BUNDLED = ("mae_vit_nano", "supervised_vit_nano")  # what is taken where no mode
 
 
 def choose_runs(
-    models: tuple[str, ...], checkpoint: Path | None, arch: str | None, out: Path | None, resume: bool, prefix: str = ""
+    models: tuple[str, ...],
+    checkpoint: Path | None,
+    arch: str | None,
+    weights_key: str | None,
+    out: Path | None,
+    resume: bool,
+    prefix: str = "",
 ) -> tuple[list[str], list[Path], dict[str, Any]]:
     """What to load, a run's folder for each (its name begins with `prefix` without `out`), and how to load it."""
     if resume and out is None:
         raise UserError("--resume goes on with a run, and that needs its folder: give --out too")
-    names = _models(models, checkpoint, arch)
-    return names, _folders(names, out, prefix), {"checkpoint": checkpoint if models else None, "arch": arch}
+    names = _models(models, checkpoint, arch, weights_key)
+    given = {"checkpoint": checkpoint if models else None, "arch": arch, "weights_key": weights_key}
+    return names, _folders(names, out, prefix), given
 
 
-def _models(models: tuple[str, ...], checkpoint: Path | None, arch: str | None) -> list[str]:
+def _models(models: tuple[str, ...], checkpoint: Path | None, arch: str | None, weights_key: str | None) -> list[str]:
     """What to load: the models, else the checkpoint, else the bundled ones."""
     if checkpoint is not None and len(models) > 1:
         raise UserError("--checkpoint fits one --model; run the command once for each checkpoint")
     if checkpoint is None and arch is not None:
         raise UserError("--arch says what a --checkpoint is; give --checkpoint FILE too, or --model NAME instead")
+    if checkpoint is None and weights_key is not None:
+        raise UserError("--weights-key chooses among the weights of a --checkpoint; give --checkpoint FILE too")
     if models:
         return list(models)
     return [str(checkpoint)] if checkpoint is not None else list(BUNDLED)

@@ -61,13 +61,18 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
 )
 @which_way
 def command(
-    models: tuple[str, ...], checkpoint: Path | None, arch: str | None, out: Path | None, **options: Any
+    models: tuple[str, ...],
+    checkpoint: Path | None,
+    arch: str | None,
+    weights_key: str | None,
+    out: Path | None,
+    **options: Any,
 ) -> None:
     """Train light probes on frozen tokens and measure what each way of aggregating them gives, with intervals.
 
     The main line: vitprobe verify --model mae_vit_b --data IMAGENET
     """
-    names, folders, given = choose_runs(models, checkpoint, arch, out, options["resume"], "verify-")
+    names, folders, given = choose_runs(models, checkpoint, arch, weights_key, out, options["resume"], "verify-")
 
     from vitprobe.aggregation.registry import split_names
     from vitprobe.figures import save_figure, selective_aggregation

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,54 +18,108 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vitprobe.errors import UserError
-from vitprobe.models.pickles import BadFileError, Foreign, TensorRecord, one_line
-from vitprobe.models.saved_files import LEGACY_MAGIC, ZIP_MAGIC, read_legacy, read_zip
+from vitprobe.models.flax_files import RESAMPLING, is_archive, read_archive
+from vitprobe.models.pickles import BadFileError, Foreign, one_line
+from vitprobe.models.position_grids import source_grid
+from vitprobe.models.roles import said, words_of
+from vitprobe.models.saved_files import LEGACY_MAGIC, ZIP_MAGIC, read_legacy, read_zip, records_of
+from vitprobe.models.shards import INDEX, files_of_index, require_whole
+from vitprobe.models.weight_names import as_named, find_adapter, strip_prefix
+from vitprobe.models.weight_sets import find_weights, under_prefix
 
-# Where official training checkpoints keep the weights, the likeliest first.
-_HOLDERS = (
-    *("model", "state_dict", "teacher", "student", "model_state", "model_state_dict", "model_ema", "state_dict_ema"),
-    *("module", "net", "network", "target_encoder", "encoder", "backbone", "ema"),
-)
 # Where timm looks first in what it downloads: averaged weights, and of I-JEPA the context encoder.
 _TIMMS_HOLDERS = ("state_dict_ema", "model_ema", "state_dict", "model", "encoder")
-# Parts of key prefixes that wrappers put before a Vision Transformer's own names, the likeliest first.
-_WRAPPERS = (
-    *("module", "_orig_mod", "model", "teacher", "target_encoder", "base_encoder", "encoder", "student", "backbone"),
-    *("vit", "visual", "trunk", "vision_model", "net", "network"),
-)
 # What pre-training leaves behind that the encoder does not have.
 _LEFTOVERS = (
     *("mask_token", "predictor.", "pred_head.", "lm_head.", "relative_position_index"),
-    "rel_pos_bias.relative_position_index",
+    *("rel_pos_bias.relative_position_index", "n_averaged"),
 )
+# First words of names that belong to the encoder, so that a model without them is another one; and those that do not.
+_ENCODER = {
+    *("attn", "attention", "bias", "block", "blocks", "cls", "embed", "embedding", "embeddings", "encoder", "gamma"),
+    *("ln", "layer", "layers", "ls", "mlp", "norm", "patch", "pos", "position", "positional", "reg", "register"),
+    *("registers", "rel", "relative", "rope", "stem", "storage", "token", "tokens", "trunk"),
+}
+_BESIDE = {
+    *("head", "heads", "projector", "projection", "predictor", "decoder", "classifier", "prototypes", "center"),
+    *("queue", "text", "teacher", "momentum", "ema"),
+}
 _HEADS = ("head.", "head_dist.", "classifier.", "fc.", "attn_pool.")
-_OTHER_ARCHITECTURE = "give the architecture it was trained with (--arch NAME)"
+OTHER_ARCHITECTURE = "give the architecture it was trained with (--arch NAME)"
+_FEW = 8  # weights that may be left over; of a larger model a sixth of its own number
 DOWNLOAD_AGAIN = "delete it to download it again"
 
 
-def read_checkpoint(path: str | Path, *, first: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The weights in a checkpoint file, by name: safetensors, or what `torch.save` wrote (also before torch 1.6).
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in a file.
+
+    Attributes:
+        state: by name; of several sets in the file the one that was taken.
+        others: keys of the sets that were not.
+        remarks: what a user must read of the choice.
+        resampling: how a table of positions in it is resampled, where not as usual.
+    """
+
+    state: dict[str, Tensor]
+    others: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
+    resampling: Mapping[str, Any] = field(default_factory=dict)
+
+    def named(self, names: Iterable[str]) -> Checkpoint:
+        """The same under the names of a model, without a wrapper's prefix; of several prefixes the one to take."""
+        found = as_named(self.state, set(names))
+        remarks = self.remarks + said(found.taken, found.others)
+        return replace(self, state=found.state, others=(*self.others, *found.others), remarks=remarks)
+
+    @property
+    def choice(self) -> str:
+        """What to add to a message that the weights do not fit."""
+        known = [key for key in self.others if key]
+        return f"; the file also holds {', '.join(known[:4])} (--weights-key {known[0]})" if known else ""
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint file, by name, see `open_checkpoint`."""
+    return open_checkpoint(path).state
+
+
+def open_checkpoint(path: str | Path, *, key: str | None = None, first: tuple[str, ...] = ()) -> Checkpoint:
+    """The weights in a checkpoint file: safetensors, what `torch.save` wrote (also before torch 1.6), Google's .npz, or
+    the index of several files.
 
     Nothing in the file is ever run or imported. A training checkpoint may hold the weights under "model",
     "state_dict", "teacher" and the like; its other content is left unread.
 
     Args:
         path: the file.
-        first: names to look under before those.
+        key: which of several sets of weights to take; averaged ones before others without.
+        first: names to look under before all others.
 
     Raises:
-        UserError: for a file that is missing, no checkpoint, damaged, or holds no weights.
+        UserError: for a file that is missing, no checkpoint, damaged, or holds no weights; for an adapter that was not
+            merged into the weights.
     """
     path = Path(path)
     try:
         require_file(path)
-        with path.open("rb") as file:
-            head = file.read(64)
-        return _read(path, head, (*first, *_HOLDERS))
+        if path.name.endswith(INDEX):
+            state = {name: tensor for file in files_of_index(path) for name, tensor in _open(file).state.items()}
+            found = _under(Checkpoint(state), key)
+        else:
+            require_whole(path)
+            found = _open(path, key, first)
+        adapter = find_adapter(found.state)
+        if adapter is not None:
+            raise BadFileError(
+                f"holds an adapter that is not merged into the weights ({one_line(adapter, 80)}): call "
+                f"merge_and_unload() on the PEFT model, and save the state_dict() of what that gives"
+            )
     except BadFileError as error:
         raise UserError(f"{path} {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    return found
 
 
 def require_file(path: Path) -> None:
@@ -75,12 +130,18 @@ def require_file(path: Path) -> None:
     """
     if not path.exists():
         raise UserError(f"there is no checkpoint file {path}")
+    if (path / "config.json").is_file():
+        raise UserError(f"{path} is a folder with a model's weights and its config.json: give it as --model {path}")
     if not path.is_file():
         raise UserError(f"{path} is not a file: give a checkpoint (.safetensors, .pth, .pt, .bin)")
 
 
-def _read(path: Path, head: bytes, holders: tuple[str, ...]) -> dict[str, Tensor]:
+def _open(path: Path, key: str | None = None, first: tuple[str, ...] = ()) -> Checkpoint:
+    with path.open("rb") as file:
+        head = file.read(64)
     if head.startswith(ZIP_MAGIC):
+        if is_archive(records_of(path)):
+            return _under(Checkpoint(read_archive(path), resampling=RESAMPLING), key)
         saved = read_zip(path)
     elif LEGACY_MAGIC in head[:32]:
         saved = read_legacy(path)
@@ -91,7 +152,7 @@ def _read(path: Path, head: bytes, holders: tuple[str, ...]) -> dict[str, Tensor
             raise BadFileError(f"is no safetensors file, or a damaged one ({one_line(error)})") from error
         if not state:
             raise BadFileError("holds no weights")
-        return state
+        return _under(Checkpoint(state), key)
     else:
         raise BadFileError(_what_instead(head))
     if isinstance(saved.content, Foreign):
@@ -99,7 +160,13 @@ def _read(path: Path, head: bytes, holders: tuple[str, ...]) -> dict[str, Tensor
         raise BadFileError(
             f"holds a whole pickled object ({name}), which is code to run: save its state_dict() instead"
         )
-    return saved.tensors(_find_records(saved.content, holders))
+    found = find_weights(saved.content, first, key)
+    return Checkpoint(saved.tensors(found.records), found.others, found.remarks)
+
+
+def _under(found: Checkpoint, key: str | None) -> Checkpoint:
+    """The weights of a file without dictionaries in it whose names begin with a key."""
+    return found if key is None else replace(found, state=under_prefix({"": found.state}, key)[1])
 
 
 def _what_instead(head: bytes) -> str:
@@ -115,97 +182,51 @@ def _what_instead(head: bytes) -> str:
     return "is no checkpoint: neither safetensors nor a file that torch.save wrote"
 
 
-def _find_records(content: Any, likely: tuple[str, ...], depth: int = 3) -> dict[str, TensorRecord]:
-    """The weights in a checkpoint's content: at the top, or under a known name, or under the only name that has any."""
-    if not isinstance(content, dict):
-        kind = "single tensor" if isinstance(content, TensorRecord) else type(content).__name__
-        raise BadFileError(f"holds no weights by name but a {kind}")
-    holders = [name for name in likely if _holds_weights(content.get(name), depth - 1)]
-    records = {name: value for name, value in content.items() if _is_weight(name, value)}
-    if not holders and not records:
-        holders = [name for name, value in content.items() if _holds_weights(value, depth - 1)]
-        if len(holders) > 1:
-            raise BadFileError(f"holds several sets of weights ({_some(holders)}): save the one to use in a file alone")
-    if holders:
-        return _find_records(content[holders[0]], likely, depth - 1)
-    if not records:
-        raise BadFileError(f"holds no weights{': only ' + _some(map(str, content)) if content else ''}")
-    return records
-
-
-def _is_weight(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, TensorRecord)
-
-
-def _holds_weights(content: Any, depth: int) -> bool:
-    if not isinstance(content, dict) or depth <= 0:
-        return False
-    return any(
-        _is_weight(name, value) or (name in _HOLDERS and _holds_weights(value, depth - 1))
-        for name, value in content.items()
-    )
-
-
-def strip_prefix(state: dict[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """The weights without the prefix of a wrapper ("module.", "backbone." …), where more `names` match without it.
-
-    Where a prefix goes, so does what does not carry it (a projection head beside the backbone).
-    """
-    names = set(names)
-    matches = Counter[str]()
-    for key in state:
-        parts = key.split(".")
-        for count in range(1, min(len(parts), 5)):
-            if parts[count - 1] not in _WRAPPERS:
-                break
-            if ".".join(parts[count:]) in names:
-                matches[".".join(parts[:count]) + "."] += 1
-    best = max(
-        matches,
-        key=lambda prefix: (matches[prefix], [-_WRAPPERS.index(part) for part in prefix[:-1].split(".")]),
-        default="",
-    )
-    if matches[best] > sum(key in names for key in state):
-        return {key[len(best) :]: value for key, value in state.items() if key.startswith(best)}
-    # Names of another layout, which timm translates; these two prefixes never mean anything.
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
-    return state
-
-
-def load_downloaded(module: nn.Module, path: Path) -> None:
+def load_downloaded(module: nn.Module, path: Path, hint: str = DOWNLOAD_AGAIN) -> tuple[str, ...]:
     """Loads a file that was downloaded for timm's own config of a model: by timm's rules, but no code in it runs.
 
-    Where that config counts other classes than the model has, the model keeps its own classifier.
+    Where that config counts other classes than the model has, the model keeps its own classifier. `hint` says what to
+    do with a file that does not fit; the remarks that it gives are those of `load_into`.
 
     Raises:
         UserError: for a file that is damaged or does not fit.
     """
     try:
-        state = read_checkpoint(path, first=_TIMMS_HOLDERS)
+        state = open_checkpoint(path, first=_TIMMS_HOLDERS).state
     except UserError as error:
-        raise UserError(f"{error}; {DOWNLOAD_AGAIN}") from error
+        raise UserError(f"{error}; {hint}" if hint else str(error)) from error
     target = module.state_dict()
     config: Any = module.pretrained_cfg
     if getattr(module, "num_classes", config["num_classes"]) != config["num_classes"]:
         heads = tuple(f"{name}." for name in _classifiers(module))
         state = {name: value for name, value in strip_prefix(state, target).items() if not name.startswith(heads)}
         state |= {name: value for name, value in target.items() if name.startswith(heads)}
-    load_into(module, state, source=str(path), hint=DOWNLOAD_AGAIN)
+    return load_into(module, state, source=str(path), hint=hint or OTHER_ARCHITECTURE)
 
 
-def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str, hint: str = _OTHER_ARCHITECTURE) -> None:
+def load_into(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    source: str,
+    hint: str = OTHER_ARCHITECTURE,
+    resampling: Mapping[str, Any] | None = None,
+) -> tuple[str, ...]:
     """Loads weights into a model: the architecture's own translation in timm first, then every name must fit.
 
     Dropped are a wrapper's prefix, what pre-training leaves behind (mask token, decoder), and a classifier or attention
-    pooling where the model has none. Position embeddings are resampled to the model's grid.
+    pooling where the model has none; a few other weights that are no encoder's. Position embeddings are resampled to
+    the model's grid.
 
     Args:
         module: the model; changed only if everything fits.
         state: the weights by name, from `read_checkpoint`.
         source: what the message calls them.
         hint: what the message says to do.
+        resampling: how, where not as timm does it for the architecture.
+
+    Returns:
+        What a user must read of it: a grid that was assumed, weights that were left out.
 
     Raises:
         UserError: where names are missing or unexpected, or shapes differ; names the first three of each.
@@ -218,10 +239,11 @@ def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str, hint:
     state = {name: value for name, value in state.items() if not name.startswith("decoder") or name in target}
     _require_patch_size(state, target, module, source, hint)
 
+    remarks: list[str] = []
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), source_grid(module, state) as remarks:
             warnings.filterwarnings("ignore", module="timm")  # of what torch will drop, where it resamples tables
-            translated = dict(_translation(module, state)(dict(state), module))
+            translated = dict(_translation(module, state, resampling)(dict(state), module))
         trouble = ""
     except Exception as error:  # timm's translations trust the shapes they are given
         translated, trouble = dict(state), f" ({type(error).__name__}: {one_line(error)})"
@@ -232,6 +254,15 @@ def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str, hint:
     }
     missing = [name for name in target if name not in translated]
     unexpected = [name for name in translated if name not in target]
+    beside = [name for name in unexpected if not _is_encoders(name, target)]
+    if len(beside) == len(unexpected) <= max(_FEW, len(target) // 6) and beside:
+        remarks.append(
+            f"{len(beside)} weights in the file are no part of the encoder and were left out: {_some(beside)}"
+            if len(beside) > 1
+            else f"{one_line(beside[0], 80)} in the file is no part of the encoder and was left out"
+        )
+        translated = {name: value for name, value in translated.items() if name in target}
+        unexpected = []
     unfit = [
         f"{one_line(name, 80)} (has {_describe(value)}, needs {_describe(target[name])})"
         for name, value in translated.items()
@@ -248,6 +279,18 @@ def load_into(module: nn.Module, state: dict[str, Tensor], *, source: str, hint:
             f" - {hint}"
         )
     module.load_state_dict(translated)
+    return tuple(remarks)
+
+
+def _is_encoders(name: str, target: Mapping[str, Any]) -> bool:
+    """Whether a weight that a model lacks is of an encoder: then the file is of another architecture."""
+    first = name.partition(".")[0]
+    words = words_of(first)
+    return (
+        not re.fullmatch(r"[\w.-]+", name)
+        or any(own.partition(".")[0] == first for own in target)
+        or (bool(words & _ENCODER) and not words & _BESIDE)
+    )
 
 
 def classifier_size(state: dict[str, Tensor], module: nn.Module) -> int:
@@ -270,7 +313,9 @@ def _classifiers(module: nn.Module) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _translation(module: nn.Module, state: dict[str, Tensor]) -> Callable[..., Any]:
+def _translation(
+    module: nn.Module, state: dict[str, Tensor], resampling: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
     """timm's `checkpoint_filter_fn` for an architecture or, where timm does not have it, for the class; or none."""
     architecture = _architecture(module)
     homes = [kind.__module__ for kind in type(module).__mro__]
@@ -281,11 +326,13 @@ def _translation(module: nn.Module, state: dict[str, Tensor]) -> Callable[..., A
         for name in ("checkpoint_filter_fn", f"checkpoint_filter_fn_{part}"):
             function = getattr(sys.modules.get(home), name, None)
             if function is not None:
-                return partial(function, **_options(function, architecture, state))
+                return partial(function, **_options(function, architecture, state, resampling or {}))
     return lambda state, module: state
 
 
-def _options(function: Callable[..., Any], architecture: str, state: dict[str, Tensor]) -> dict[str, Any]:
+def _options(
+    function: Callable[..., Any], architecture: str, state: dict[str, Tensor], resampling: Mapping[str, Any]
+) -> dict[str, Any]:
     """What timm's own models ask of their translation one by one."""
     known = inspect.signature(function).parameters
     options: dict[str, Any] = {}
@@ -295,7 +342,7 @@ def _options(function: Callable[..., Any], architecture: str, state: dict[str, T
         options |= {"interpolation": "bilinear", "antialias": False}
     if "align_corners" in known and architecture.endswith(("base_patch16_radio_v3", "huge_patch16_radio_v3")):
         options["align_corners"] = True
-    return options
+    return options | {name: value for name, value in resampling.items() if name in known}
 
 
 def _require_patch_size(

@@ -13,18 +13,22 @@ from torch import nn
 
 from vitprobe.errors import UserError
 from vitprobe.models.building import ImageSize, build, outline, spec_of
-from vitprobe.models.checkpoints import load_downloaded
+from vitprobe.models.checkpoints import DOWNLOAD_AGAIN, load_downloaded
 from vitprobe.models.hub import (
     WEIGHT_FILES,
+    at_commit,
     fetch_from_address,
     fetch_from_hub,
     hub_repository,
+    local_folder,
+    name_of,
+    names_one_of_the_hub,
     require_address,
     require_hub,
 )
 from vitprobe.models.huggingface import PREFIX, load_huggingface
 from vitprobe.models.huggingface_images import describe_preprocessing
-from vitprobe.models.loaded import LoadedModel, finish, random_spec
+from vitprobe.models.loaded import LoadedModel, finish, random_spec, with_remarks
 from vitprobe.models.registry import all_specs, find_spec
 
 
@@ -77,12 +81,11 @@ def load_from_hub(repository: str, img_size: ImageSize, pretrained: bool) -> Loa
         _built_by_hub(repository, outline, folder, img_size)  # before the download
         weights = fetch_from_hub(repository, _hub_weights(config))
         # The cache may have held the config of an older commit: take the one beside the weights.
-        folder, config = _hub_config(f"{repository.partition('@')[0]}@{weights.parent.name}")
+        folder, config = _hub_config(at_commit(repository, weights))
     module = _built_by_hub(repository, build, folder, img_size)
+    remarks = _said_of_folder("hf-hub:", repository)
     if weights is not None:
-        load_downloaded(module, weights)
-    # The cache's folder is named by commit; the model is known by its repository.
-    name = repository.partition("@")[0].rpartition("/")[2]
+        remarks += load_downloaded(module, weights, "" if local_folder(repository) else DOWNLOAD_AGAIN)
     spec = next(
         (
             known
@@ -90,8 +93,8 @@ def load_from_hub(repository: str, img_size: ImageSize, pretrained: bool) -> Loa
             if known.architecture == config["architecture"] and hub_repository(known.source) == repository
         ),
         None,
-    ) or spec_of(module, name, f"hf-hub:{repository}")
-    return finish(module.eval(), spec if pretrained else random_spec(spec), img_size)
+    ) or spec_of(module, name_of(repository), _source("hf-hub:", repository))
+    return with_remarks(finish(module.eval(), spec if pretrained else random_spec(spec), img_size), remarks)
 
 
 def require_repository(repository: str, img_size: ImageSize) -> None:
@@ -133,12 +136,28 @@ def _built_by_hub(repository: str, make: Callable[..., nn.Module], folder: Path,
         raise UserError(f"timm cannot build what the config.json of hf-hub:{repository} describes: {reason}") from error
 
 
-def load_from_transformers(name: str, path: Path | None, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+def load_from_transformers(
+    name: str, path: Path | None, img_size: ImageSize, pretrained: bool, weights_key: str | None = None
+) -> LoadedModel:
     """A repository of the Hugging Face hub that transformers wrote, or its architecture with weights from a file."""
     repository = name.removeprefix(PREFIX)
-    module = load_huggingface(repository, img_size=img_size, weights=path, pretrained=pretrained)
-    spec = spec_of(module, repository.partition("@")[0].rpartition("/")[2], name)
+    module, remarks = load_huggingface(
+        repository, img_size=img_size, weights=path, weights_key=weights_key, pretrained=pretrained
+    )
+    spec = spec_of(module, name_of(repository), _source(PREFIX, repository))
     if path is not None:
         spec = replace(spec, name=path.name.partition(".")[0] or path.name, source=f"file:{path.name}")
     size = img_size or describe_preprocessing(module)
-    return finish(module, spec if pretrained else random_spec(spec), size)
+    model = finish(module, spec if pretrained else random_spec(spec), size)
+    return with_remarks(model, (*_said_of_folder(PREFIX, repository), *remarks))
+
+
+def _source(prefix: str, repository: str) -> str:
+    return f"folder:{name_of(repository)}" if local_folder(repository) else f"{prefix}{repository}"
+
+
+def _said_of_folder(prefix: str, repository: str) -> tuple[str, ...]:
+    """The remark on a folder that is called like a repository of the hub."""
+    if local_folder(repository) is None or not names_one_of_the_hub(repository):
+        return ()
+    return (f"read the folder {repository} that is here; for that of the hub write {prefix}{repository}@main",)

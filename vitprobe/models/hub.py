@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 import ssl
 import threading
@@ -39,12 +40,60 @@ def hub_repository(source: str) -> str | None:
     return "timm/" + name.replace("_clip_quickgelu_", "_clip_")
 
 
+def local_folder(repository: str) -> Path | None:
+    """The folder on this machine that a repository's name means; None where it means one of the Hugging Face hub.
+
+    A folder with a config.json comes before a repository of the same name.
+
+    Raises:
+        UserError: for a path without such a folder.
+    """
+    folder = Path(repository).expanduser()
+    if repository and (folder / "config.json").is_file():
+        return folder
+    if not repository.startswith((".", "/", "~", "\\")) and repository.rstrip("/").count("/") < 2:
+        return None
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {repository}")
+    raise UserError(f"the folder {repository} holds no config.json: {what_in(folder)}")
+
+
+def what_in(folder: Path) -> str:
+    """What to give instead of a folder that says nothing of its model."""
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter of PEFT: load it with its model, call merge_and_unload(), and save what that gives"
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    endings = (".safetensors.index.json", ".bin.index.json", ".safetensors", ".npz", ".bin", ".pth", ".pt", ".ckpt")
+    files = [name for ending in endings for name in names if name.endswith(ending)]
+    if files:
+        return f"give the file {folder / files[0]} with its architecture (--arch NAME)"
+    return "give a folder that save_pretrained wrote, or a checkpoint file"
+
+
+def names_one_of_the_hub(repository: str) -> bool:
+    """Whether a name is one that a repository of the hub may have, too."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) is not None
+
+
+def at_commit(repository: str, file: Path) -> str:
+    """The repository at the commit that a cached file of it is of, which names its folder; a local folder itself."""
+    return repository if local_folder(repository) else f"{repository.partition('@')[0]}@{file.parent.name}"
+
+
+def name_of(repository: str) -> str:
+    """The last part of a repository's or folder's name."""
+    folder = local_folder(repository)
+    return folder.resolve().name if folder else repository.partition("@")[0].rpartition("/")[2]
+
+
 def cached_weights(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path | None:
-    """The first of `filenames` that the local Hugging Face cache holds; asks no network.
+    """The first of `filenames` that the local Hugging Face cache, or a folder, holds; asks no network.
 
     Raises:
         UserError: for what cannot be a repository's name.
     """
+    if (folder := local_folder(repository)) is not None:
+        return next((folder / name for name in filenames if (folder / name).is_file()), None)
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = repository.partition("@")
@@ -98,6 +147,8 @@ def require_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> P
         UserError: where they are not cached and the hub does not answer.
     """
     cached = cached_weights(repository, filenames)
+    if cached is None and local_folder(repository):
+        raise UserError(f"the folder {repository} has no {' or '.join(filenames)}")
     if cached is None:
         _require_online(repository)
     return cached

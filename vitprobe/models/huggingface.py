@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,16 @@ from torch import Tensor, nn
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.building import ImageSize, pair, require_size
-from vitprobe.models.checkpoints import read_checkpoint
-from vitprobe.models.hub import fetch_from_hub, require_hub
+from vitprobe.models.checkpoints import open_checkpoint
+from vitprobe.models.hub import at_commit, fetch_from_hub, local_folder, require_hub
 from vitprobe.models.huggingface_images import describe_preprocessing, require_images
-from vitprobe.models.pickles import one_line
+from vitprobe.models.pickles import BadFileError, one_line
+from vitprobe.models.roles import role, said
+from vitprobe.models.shards import INDEX, names_in_index
+from vitprobe.models.weight_names import without_wrappers
 
 PREFIX = "hf:"
-_INDEX = ".index.json"  # of weights in several files
-_WEIGHTS = tuple(name + ending for name in ("model.safetensors", "pytorch_model.bin") for ending in ("", _INDEX))
+_WEIGHTS = tuple(name + ending for name in ("model.safetensors", "pytorch_model.bin") for ending in ("", INDEX))
 # How the convolution that cuts patches is called; its place tells where the image tower is among all weights.
 _PATCHES = "embeddings.patch_embedding"
 # What a tower may lack, or have too much, and see the same.
@@ -32,17 +34,23 @@ _INSTEAD = "use a Vision Transformer, such as hf:facebook/dinov2-base"
 
 
 def load_huggingface(
-    repository: str, *, img_size: ImageSize = None, weights: Path | None = None, pretrained: bool = True
-) -> nn.Module:
-    """The image tower of a repository of the Hugging Face hub, by transformers; float32, in eval mode.
+    repository: str,
+    *,
+    img_size: ImageSize = None,
+    weights: Path | None = None,
+    weights_key: str | None = None,
+    pretrained: bool = True,
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The image tower of a repository of the Hugging Face hub, by transformers; float32, in eval mode; and remarks.
 
     A ViTMAE shows all patches in their order, and position embeddings are interpolated for images of another size.
     Its `pretrained_cfg` says, as timm's does, how the repository prepares images. No code of the repository is run.
 
     Args:
-        repository: `owner/name` or `owner/name@revision`.
+        repository: `owner/name` or `owner/name@revision`, or a folder that `save_pretrained` wrote.
         img_size: what its images are to be, in pixels, a side or (height, width).
         weights: a file to take them from instead.
+        weights_key: which of several sets of weights in that file.
         pretrained: False for random weights (from torch's global seed).
 
     Raises:
@@ -50,20 +58,26 @@ def load_huggingface(
         AttentionNotSeenError: for a vision model whose attention cannot be captured.
     """
     outline = _outline(repository, img_size)  # before the download
+    remarks: tuple[str, ...] = ()
     if not pretrained:
         module = type(outline)(outline.config)
     else:
-        files = [weights] if weights is not None else _fetch_weights(repository)
+        file = weights or _fetch_weights(repository)
         if weights is None:
             # The cache may have held the config of an older commit: take the one beside the weights.
-            repository = _beside(repository, files[0])
+            repository = at_commit(repository, file)
             outline = _outline(repository, img_size)
-        state = {name: tensor for file in files for name, tensor in read_checkpoint(file).items()}
-        module = _filled(outline, state, str(files[0]))
+        found = open_checkpoint(file, key=weights_key)
+        names = outline.state_dict()
+        roots = _roots(without_wrappers(found.state, names))
+        remarks = found.remarks + (
+            said(roots[0].rstrip("."), [root.rstrip(".") for root in roots[1:]]) if roots else ()
+        )
+        module = _filled(outline, found.state, str(file))
     describe_preprocessing(module, repository)
     # For good, not for one capture: this module is ours.
     find_anatomy(module).prepare(ExitStack())
-    return module.float().eval()
+    return module.float().eval(), remarks
 
 
 def require_huggingface(repository: str, *, img_size: ImageSize = None, weights: Path | None = None) -> None:
@@ -88,8 +102,9 @@ def _outline(repository: str, img_size: ImageSize) -> Any:
         content = json.loads(path.read_text(encoding="utf-8"))
         kind = content.get("model_type")
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: it is no JSON of a model; delete it to download it again") from error
-    if not isinstance(kind, str) and "architecture" in content:
+        again = "" if local_folder(repository) else "; delete it to download it again"
+        raise UserError(f"{path} is damaged: it is no JSON of a model{again}") from error
+    if (not isinstance(kind, str) or kind == "timm_wrapper") and "architecture" in content:
         raise UserError(f"{PREFIX}{repository} holds a model of timm's: write hf-hub:{repository}")
     what = f"{PREFIX}{repository} holds no vision model"
     known = (content.get("architectures") or [kind])[0]
@@ -120,21 +135,17 @@ def _outline(repository: str, img_size: ImageSize) -> Any:
     return module
 
 
-def _fetch_weights(repository: str) -> list[Path]:
-    """The files of a repository's weights."""
+def _fetch_weights(repository: str) -> Path:
+    """The file of a repository's weights, or the index of several that are all here."""
     path = fetch_from_hub(repository, _WEIGHTS)
-    if not path.name.endswith(_INDEX):
-        return [path]
-    try:
-        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: it lists no weights; delete it to download it again") from error
-    return [fetch_from_hub(_beside(repository, path), (name,)) for name in names]
-
-
-def _beside(repository: str, file: Path) -> str:
-    """The repository at the commit that a cached file of it is of, which names its folder."""
-    return f"{repository.partition('@')[0]}@{file.parent.name}"
+    if path.name.endswith(INDEX) and not local_folder(repository):
+        try:
+            names = names_in_index(path)
+        except BadFileError as error:
+            raise UserError(f"{path} {error}; delete it to download it again") from error
+        for name in names:
+            fetch_from_hub(at_commit(repository, path), (name,))
+    return path
 
 
 def _filled(outline: Any, state: dict[str, Tensor], source: str) -> nn.Module:
@@ -144,7 +155,9 @@ def _filled(outline: Any, state: dict[str, Tensor], source: str) -> nn.Module:
         UserError: where names are missing or unexpected, or shapes differ.
     """
     tower: Any = type(outline)
-    root, own_root = _root(state), _root(outline.state_dict())
+    own = outline.state_dict()
+    state = without_wrappers(state, own)
+    root, own_root = _root(state), _root(own)
     state = {own_root + name.removeprefix(root): tensor for name, tensor in state.items() if name.startswith(root)}
     options = {}
     if "add_pooling_layer" in inspect.signature(tower).parameters and not any("pooler." in name for name in state):
@@ -175,9 +188,15 @@ def _filled(outline: Any, state: dict[str, Tensor], source: str) -> nn.Module:
     return module
 
 
-def _root(names: Iterable[str]) -> str:
+def _root(names: Collection[str]) -> str:
     """What precedes the names of an image tower's parts: "", "vit.", "vision_model." and the like."""
-    return next((name.partition(_PATCHES)[0] for name in names if _PATCHES in name), "")
+    return next(iter(_roots(names)), "")
+
+
+def _roots(names: Collection[str]) -> list[str]:
+    """The same of each tower that there is, the one to take first."""
+    found = list(dict.fromkeys(name.partition(_PATCHES)[0] for name in names if _PATCHES in name))
+    return sorted(found, key=lambda root: role(root, found))
 
 
 def _any_of(parts: tuple[str, ...], name: str) -> bool:

@@ -14,7 +14,7 @@ from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.anatomy.huggingface_vit import from_transformers, takes_patches
 from vitprobe.models.anatomy.parts import Size, pair
-from vitprobe.models.hub import cached_weights, fetch_from_hub
+from vitprobe.models.hub import cached_weights, fetch_from_hub, local_folder
 from vitprobe.models.pickles import one_line
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
@@ -82,6 +82,8 @@ def _known_absent(repository: str) -> bool:
     """Whether the hub once said that it has no such files: its client notes that in the cache."""
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
+    if local_folder(repository):
+        return True
     name, _, revision = repository.partition("@")
     return all(try_to_load_from_cache(name, file, revision=revision or None) is _CACHED_NO_EXIST for file in _FILES)
 

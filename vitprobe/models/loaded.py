@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
@@ -22,6 +20,7 @@ from vitprobe.models.anatomy.order import measure_order
 from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.building import ImageSize
 from vitprobe.models.entries import ModelSpec
+from vitprobe.models.identity import plain_parts
 from vitprobe.models.known import remember
 from vitprobe.models.tokens import TokenLayout
 
@@ -118,17 +117,30 @@ def _measured(anatomy: Anatomy, size: tuple[int, int]) -> Anatomy:
         return measure_order(anatomy, noise_for(anatomy.module, anatomy.channels, size))
 
 
+def with_remarks(model: LoadedModel, remarks: Iterable[str]) -> LoadedModel:
+    """The model with more remarks, after those that it has."""
+    return replace(model, remarks=(*model.remarks, *remarks))
+
+
 def _require_finite(module: nn.Module, name: str) -> None:
-    """Raises a UserError for weights that are NaN or infinite, or are not there at all (on the meta device)."""
-    for key, tensor in module.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            continue
+    """Raises a UserError for weights that are NaN or infinite, or are not there at all (meta device, lazy modules).
+
+    Weights are parameters and the statistics that batch norms keep; other buffers may hold -inf, as masks do.
+    """
+    parameters = dict(module.named_parameters())
+    for key, tensor in (parameters | dict(module.named_buffers())).items():
         if tensor.is_meta:
             raise UserError(f"{name} has no weights: {key} is on the meta device")
-        if not torch.isfinite(tensor).all():
+        if nn.parameter.is_lazy(tensor):
+            raise UserError(f"{name} has no weights: {key} gets its shape from the first images; run the model once")
+        if key not in parameters and not key.endswith(("running_mean", "running_var")):
+            continue
+        for part in plain_parts(tensor):
+            if torch.isfinite(part).all():
+                continue
             block = re.search(r"blocks\.(\d+)\.", key)
             where = f" (block {block.group(1)})" if block else ""
-            kind = "NaN" if torch.isnan(tensor).any() else "infinity"
+            kind = "NaN" if torch.isnan(part).any() else "infinity"
             raise UserError(f"the weights of {name} hold {kind}, first in {key}{where}: its attention means nothing")
 
 
@@ -144,15 +156,3 @@ def random_spec(spec: ModelSpec) -> ModelSpec:
         citation="",
         notes="random weights",
     )
-
-
-def weights_sha256(module: nn.Module) -> str:
-    """The SHA-256 of a model's weights: names in order, kind of number, shape and bytes; the same on every device."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            header = json.dumps([name, str(tensor.dtype), list(tensor.shape)])
-            digest.update(f"{len(header)}:{header}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -72,6 +72,15 @@ def _nbytes(storage: Storage) -> int:
     return storage.numel * storage.dtype.itemsize
 
 
+def records_of(path: Path) -> list[str]:
+    """The names of the records of a zip archive; none of a damaged one."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
+        return []
+
+
 def read_zip(path: Path) -> SavedFile:
     """A file of `torch.save` since torch 1.6.
 

@@ -106,6 +106,7 @@ def make_plan(
     *,
     checkpoint: str | Path | None,
     arch: str | None,
+    weights_key: str | None,
     img_size: int | tuple[int, int] | None,
     mean: Sequence[float] | None,
     std: Sequence[float] | None,
@@ -124,7 +125,7 @@ def make_plan(
     """
     chosen = choose_device(device)
     opened = open_labelled(data, seed=seed)
-    loaded = load_model(model, checkpoint=checkpoint, arch=arch, img_size=img_size)
+    loaded = load_model(model, checkpoint=checkpoint, arch=arch, weights_key=weights_key, img_size=img_size)
     loaded = with_transform(loaded, "model", loaded.transform.size, mean, std)
     labelled = opened.for_model(loaded.transform.wanted)
     remarks = [*loaded.remarks, *labelled.remarks, *labelled.look_at(loaded.spec.name)]

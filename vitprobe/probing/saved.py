@@ -22,7 +22,8 @@ from vitprobe.data.sources import LoaderImages, open_images
 from vitprobe.data.streams import StreamImages
 from vitprobe.errors import UserError
 from vitprobe.files import write_atomically
-from vitprobe.models.loaded import LoadedModel, weights_sha256, with_transform
+from vitprobe.models.identity import weights_sha256
+from vitprobe.models.loaded import LoadedModel, with_transform
 from vitprobe.models.loading import load_model
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tap import Tap
@@ -31,7 +32,8 @@ from vitprobe.profile.manifest import package_version
 
 FOLDER, FILES = "probes", "*@block*-seed*.safetensors"
 _KEY, _VERSION = "vitprobe_probe", 1
-_GIVEN = ("model", "checkpoint", "arch", "img_size", "mean", "std")  # arguments that say which model it was
+# Arguments that say which model it was.
+_GIVEN = ("model", "checkpoint", "arch", "weights_key", "img_size", "mean", "std")
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +152,11 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
     loaded = _load_model(words["arguments"], model, checkpoint)
     mean, std = (words["arguments"].get(key) for key in ("mean", "std"))
     loaded = with_transform(loaded, "model", loaded.transform.size, mean, std)
+    if words["model"]["weights_sha256"] is None:
+        raise UserError(
+            f"{path} was trained on weights that have no digest, so that no model can be shown to be the one it "
+            f"belongs to: run verify on the same weights in plain tensors"
+        )
     if weights_sha256(loaded.module) != words["model"]["weights_sha256"]:
         raise UserError(
             f"{path} was trained on other weights of {words['model']['name']} than those of {loaded.spec.name}: give "
@@ -179,7 +186,8 @@ def _load_model(given: Mapping[str, Any], model: Any, checkpoint: str | Path | N
         name = checkpoint  # the model was a file itself
     elif checkpoint is not None:
         weights = checkpoint
-    return load_model(name, checkpoint=weights, arch=given["arch"], img_size=size)
+    key = given.get("weights_key")  # probes of earlier versions do not say
+    return load_model(name, checkpoint=weights, arch=given["arch"], weights_key=key, img_size=size)
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

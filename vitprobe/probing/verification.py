@@ -125,11 +125,12 @@ class Verification:
     @property
     def conditions(self) -> str:
         """What every number here is conditional on, and what its interval is over, in a sentence each."""
-        weights = self.manifest["model"]["weights_sha256"][:12]
+        digest = self.manifest["model"]["weights_sha256"]
+        weights = "weights without a digest" if digest is None else f"sha256 {digest[:12]}…"
         seeds = f" and {self.num_seeds} seeds" if self.num_seeds > 1 else " (one seed: nothing is said about others)"
         varied = f"{self.num_images} test images{seeds}"
         return (
-            f"Conditional on these backbone weights ({self.name}, sha256 {weights}…), on the training images of "
+            f"Conditional on these backbone weights ({self.name}, {weights}), on the training images of "
             f"{self.data} and on the protocol {self.protocol}. 95 % intervals over {varied}; "
             f"differences are paired, p-values two-sided, p_holm adjusted for all rows."
         )
@@ -191,7 +192,7 @@ class Verification:
         )
         selected = pd.DataFrame([dict(result.hyperparameters) for result in self.results], index=table.index)
         table = pd.concat([table, selected], axis=1)
-        table["model"], table["weights"] = self.name, self.manifest["model"]["weights_sha256"][:12]
+        table["model"], table["weights"] = self.name, (self.manifest["model"]["weights_sha256"] or "")[:12]
         return table
 
     def _baseline(self, result: Result) -> int | None:

@@ -36,6 +36,7 @@ def verify(
     protocol: str | Protocol = "fast",
     checkpoint: str | Path | None = None,
     arch: str | None = None,
+    weights_key: str | None = None,
     img_size: int | tuple[int, int] | None = None,
     mean: float | int | Sequence[float | int] | None = None,
     std: float | int | Sequence[float | int] | None = None,
@@ -66,6 +67,7 @@ def verify(
         protocol: "fast", "cached", "knn", "logistic", or a `Protocol`.
         checkpoint: as for `load_model`.
         arch: as for `load_model`.
+        weights_key: as for `load_model`.
         img_size: the input size in pixels, where it is not the model's own: a side or (height, width).
         mean: as for `analyze`: subtracted from each channel of a picture.
         std: as for `analyze`: what each channel is divided by.
@@ -96,7 +98,14 @@ def verify(
     asked = [aggregators] if isinstance(aggregators, str) else aggregators
     img_size = size_of(img_size)
     normalisation = {"mean": check_normalisation("mean", mean), "std": check_normalisation("std", std)}
-    options = {"checkpoint": checkpoint, "arch": arch, "img_size": img_size, "dtype": dtype, "device": device}
+    options = {
+        "checkpoint": checkpoint,
+        "arch": arch,
+        "weights_key": weights_key,
+        "img_size": img_size,
+        "dtype": dtype,
+        "device": device,
+    }
     arguments = {
         "model": shown(model),
         "data": ", ".join(str(shown(part)) for part in data) if isinstance(data, list | tuple) else shown(data),

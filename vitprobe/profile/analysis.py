@@ -38,6 +38,7 @@ def analyze(
     *,
     checkpoint: str | Path | None = None,
     arch: str | None = None,
+    weights_key: str | None = None,
     num_images: int | None = None,
     transform: str = "model",
     img_size: int | tuple[int, int] | None = None,
@@ -69,6 +70,7 @@ def analyze(
         data: anything that `open_images` takes; without it the packaged sample photographs.
         checkpoint: as for `load_model`: a file with the weights of the named model.
         arch: as for `load_model`: the architecture of a checkpoint file.
+        weights_key: as for `load_model`: which of several sets of weights in that file.
         num_images: analyse this many, drawn at random without replacement (from a DataLoader or a stream: its first
             ones); all of them without.
         transform: "model" (the model's own preprocessing) or "paper" (shorter side to 256 for a 224 crop, bicubic,
@@ -120,6 +122,7 @@ def analyze(
         "model": shown(model),
         "checkpoint": shown(checkpoint),
         "arch": arch,
+        "weights_key": weights_key,
         "data": shown(data),
         "num_images": num_images,
         "transform": transform,

@@ -10,15 +10,29 @@ from typing import Any
 
 import torch
 
-from vitprobe.models.loaded import LoadedModel, weights_sha256
+from vitprobe.errors import UserError
+from vitprobe.models.identity import unidentified, weights_sha256
+from vitprobe.models.loaded import LoadedModel
 from vitprobe.profile.folder import FORMAT_VERSION
 
 PACKAGES = ("vitprobe", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "pillow")
 
 
 def new_manifest(model: LoadedModel, device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a run that begins now; the run adds `data`, `layout` and `undefined`, and ends it."""
-    parameters = list(model.module.parameters())
+    """The manifest of a run that begins now; the run adds `data`, `layout` and `undefined`, and ends it.
+
+    Raises:
+        UserError: where the run is to be resumed and its weights cannot be known again.
+    """
+    parameters, remarks = list(model.module.parameters()), list(model.remarks)
+    digest = weights_sha256(model.module)
+    if digest is None:
+        reason = f"the weights of {model.spec.name} have no digest ({unidentified(model.module)})"
+        if arguments.get("resume"):
+            raise UserError(
+                f"--resume cannot tell whether the model is the same: {reason}; give --overwrite, or another --out"
+            )
+        remarks.append(f"{reason}: this run cannot be resumed")
     return {
         "format_version": FORMAT_VERSION,
         "status": "running",
@@ -28,9 +42,9 @@ def new_manifest(model: LoadedModel, device: torch.device, arguments: dict[str, 
             "class": type(model.module).__name__,
             "num_blocks": len(model.anatomy.blocks),
             "num_parameters": sum(parameter.numel() for parameter in parameters),
-            "weights_sha256": weights_sha256(model.module),
+            "weights_sha256": digest,
         },
-        "remarks": list(model.remarks),
+        "remarks": remarks,
         "arguments": arguments,
         "device": device_name(device),
         "dtype": str(parameters[0].dtype).removeprefix("torch.") if parameters else "float32",

@@ -111,7 +111,8 @@ def prepare(
             "nor resumed; give the data set's folder or a list"
         )
     img_size, mean, std = size_of(arguments["img_size"]), arguments["mean"], arguments["std"]
-    loaded = load_model(model, checkpoint=checkpoint, arch=arguments["arch"], img_size=img_size)
+    arch, weights_key = arguments["arch"], arguments["weights_key"]
+    loaded = load_model(model, checkpoint=checkpoint, arch=arch, weights_key=weights_key, img_size=img_size)
     loaded = with_transform(loaded, arguments["transform"], img_size or loaded.transform.size, mean, std)
     transform = loaded.transform
     images = images.for_model(transform.wanted)
