@@ -63,7 +63,8 @@ def load_model(
         name: an alias ("mae_vit_b"; `list_models` has them), any timm name with or without tag, a repository of the
             Hugging Face hub ("hf:owner/name" for transformers, "hf-hub:owner/name" for timm), a checkpoint file (with
             `arch`), an `nn.Module` (in its own mode; of one of images and texts, or with a head of transformers around
-            it, the image tower), or a LoadedModel (returned).
+            it, the image tower; a model that holds a Vision Transformer at any depth is run as a whole where it takes
+            images alone), or a LoadedModel (returned).
         checkpoint: a file whose weights to take instead of downloading the named model's.
         arch: the architecture of the weights in a file: an alias or a timm name.
         img_size: pixels of the input, a side or (height, width); position embeddings are resampled to it.
