@@ -242,6 +242,22 @@ def test_a_tower_of_texts_is_never_taken() -> None:
     assert_all_close(attention.statistics(), captured(model.image_encoder).statistics())
 
 
+def test_a_model_that_takes_texts_first_is_run_at_its_tower() -> None:
+    class Captioner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision = hand_made()
+
+        def forward(self, input_ids: Tensor, pixels: Tensor | None = None) -> Tensor:
+            return self.vision(pixels)
+
+    model = Captioner().eval()
+    assert load_model(model).module is model.vision
+    with torch.no_grad(), capture(model) as attention:
+        model(torch.zeros(2, 3), images())
+    assert_all_close(attention.statistics(), captured(model.vision).statistics())
+
+
 def test_blocks_that_do_not_run_name_those_that_do() -> None:
     model = SelfDistilled().eval()
     advice = "other blocks ran: choose them with load_model(model, blocks=list(model.student[0].blocks))"

@@ -66,8 +66,9 @@ def load_model(
         name: an alias ("mae_vit_b"; `list_models` has them), any timm name with or without tag, a repository of the
             Hugging Face hub ("hf:owner/name" for transformers, "hf-hub:owner/name" for timm), a folder that either
             wrote ("DIR", "hf:DIR"), a checkpoint file or the index of several (with `arch`), an `nn.Module` (in its own
-            mode; of one of images and texts, or with a head of transformers around it, the image tower), or a
-            LoadedModel (returned).
+            mode; of one of images and texts, or with a head of transformers around it, the image tower; a model that
+            holds a Vision Transformer at any depth is run as a whole where it takes images alone), or a LoadedModel
+            (returned).
         checkpoint: a file whose weights to take instead of downloading the named model's.
         arch: the architecture of the weights in a file: an alias or a timm name.
         weights_key: of a file with several sets of weights the one to take, such as "state_dict" or

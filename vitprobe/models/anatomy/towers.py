@@ -16,6 +16,8 @@ from vitprobe.models.anatomy.unsupported import why_unsupported
 
 # Beginnings of the modules in which a forward pass that every model inherits is defined: it only raises.
 _INHERITED = ("torch.nn.modules.module", "lightning.", "pytorch_lightning.")
+# Names of a first argument that is no batch of images.
+_TEXTS = ("input_ids", "ids", "text", "texts", "caption", "captions", "prompt", "prompts")
 # How own code calls a patch embedding that is no convolution.
 _PATCHES = ("patch_embed", "to_patch", "patchify")
 
@@ -115,15 +117,15 @@ def runs_alone(lineage: Sequence[nn.Module]) -> nn.Module:
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
-    """Whether a module has a forward pass of its own that can be called with one positional argument."""
+    """Whether a module has a forward pass of its own that can be called with one positional argument, not a text."""
     forward = module.forward
     if (getattr(forward, "__module__", None) or "").startswith(_INHERITED):
         return False
     try:
-        inspect.signature(forward).bind(None)
+        arguments = inspect.signature(forward).bind(None).arguments
     except TypeError:
         return False
-    return True
+    return next(iter(arguments)) not in _TEXTS
 
 
 def _fed(part: nn.Module, lists: Sequence[BlockList]) -> bool:
