@@ -160,6 +160,7 @@ def _carry_out(plan: Plan, folder: Path, claim: Callable[[], Any], progress: boo
         "status": "complete",
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "diverged": outcome.diverged,
+        "anchors": outcome.anchors,
         "undefined": plan.manifest["undefined"] | {name: "diverged at every learning rate" for name in sorted(lost)},
     }
     manifest["data"] = {
