@@ -25,7 +25,6 @@ from vitprobe.probing.tap import Tap
 
 IMAGES = 20_000  # that an anchor is fitted on, at most: a lower anchor where there are more, never a higher one
 ITERATIONS = 200  # of L-BFGS for each strength
-BELOW = 0.01  # share of images by which a trained probe may be below its anchor before it is said
 
 
 @dataclass(frozen=True)

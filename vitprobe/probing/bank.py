@@ -123,7 +123,9 @@ class Bank:
             batches: for each tap of the probes, the tokens there of the same images.
         """
         with torch.no_grad():
-            vectors = {name: aggregator(batches[tap]).contiguous() for name, (aggregator, tap) in self._weightless.items()}
+            vectors = {
+                name: aggregator(batches[tap]).contiguous() for name, (aggregator, tap) in self._weightless.items()
+            }
         return Inputs(vectors, {tap: batch for tap, batch in batches.items() if tap in self._learned_taps})
 
     def train_step(

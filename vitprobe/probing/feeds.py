@@ -21,7 +21,6 @@ from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
 
-
 Crops = tuple[int, int]  # the seed and the epoch that images' crops depend on
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +24,8 @@ from vitprobe.probing.plan import Plan
 from vitprobe.probing.pooled import pool
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tokens import FrozenModel
-from vitprobe.probing.training import Training, heldout_accuracy, mean_fall, select, steps_of_a_pass, test
+from vitprobe.probing.trained import fall
+from vitprobe.probing.training import Training, heldout_accuracy, select, steps_of_a_pass, test
 from vitprobe.probing.verification import Result
 
 WATCHED = 512  # held-out images on which losses are taken during training
@@ -109,10 +110,8 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
             raise _unread(data, "test", tested.skipped)
         fitted = anchor_positions(positions, data.train.labels, plan.seed) if weightless else []
         of_train.read(fitted, progress("vectors for the anchors", len(fitted), 0))
-        anchors = fit_anchors(
-            of_train, of_heldout, of_test, len(data.classes), progress("anchors", len(weightless), 0)
-        )
-        falls = training.falls()
+        anchors = fit_anchors(of_train, of_heldout, of_test, len(data.classes), progress("anchors", len(weightless), 0))
+        losses = training.watched_losses()
     rows = {spec: (tested.top1[number], tested.top5[number]) for number, (spec, _) in enumerate(probes)}
     results = [
         Result(
@@ -124,7 +123,7 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
                 "heldout_accuracy": mean,
                 "rate_at_edge": specs[0].learning_rate in (protocol.learning_rates[0], protocol.learning_rates[-1]),
                 **({"anchor": anchors[name].accuracy} if name in anchors else {}),
-                "loss_fall": mean_fall([falls[spec] for spec in specs]),
+                **(_fall(specs, losses) if plan.aggregators[name][0].learned else {}),
             },
             np.stack([rows[spec][0] for spec in specs]),
             np.stack([rows[spec][1] for spec in specs]),
@@ -140,6 +139,15 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
     return Outcome(tested.indices, results, probes, skipped, diverged, kept)
 
 
+def _fall(specs: Sequence[ProbeSpec], losses: Mapping[ProbeSpec, np.ndarray]) -> dict[str, Any]:
+    """How far the held-out loss of a result's probes still fell, and whether they count as converged."""
+    if not losses:
+        return {}
+    halfway, end = np.stack([losses[spec] for spec in specs], axis=1)
+    share, steep = fall(halfway, end)
+    return {"loss_fall": share, "converged": not steep}
+
+
 def _unread(data: LabelledData, which: str, skipped: list[tuple[str, str]]) -> UserError:
     """What is said where images of one part cannot be used."""
     name, reason = skipped[0]
@@ -153,9 +161,7 @@ def _feeds(
     parts = {"train": plan.data.train, "test": plan.data.test}
     size = plan.protocol.batch_size
     if plan.protocol.method == "bank":
-        train, test = (
-            ImageFeed(frozen, part, size, plan.augmentation, plan.workers) for part in parts.values()
-        )
+        train, test = (ImageFeed(frozen, part, size, plan.augmentation, plan.workers) for part in parts.values())
         return train, test
     made_of = {key: plan.manifest[key] for key in ("transform", "dtype", "forward_dtype")}
     made_of["weights"] = plan.manifest["model"]["weights_sha256"]

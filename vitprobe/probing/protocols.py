@@ -106,7 +106,14 @@ class Protocol:
         return max(1, min(self.pool, POOL_BYTES // (self.seeds * max(1, batch_bytes))))
 
     def independent(self) -> Protocol:
-        """The same with one step a batch: each seed makes all passes over the images by itself."""
+        """The same with one step a batch: each seed makes all passes over the images by itself.
+
+        Raises:
+            UserError: for a method whose seeds read no images of their own.
+        """
+        if self.method != "bank":
+            words = "reads each seed's images by itself already" if self.trains else "has no seeds"
+            raise UserError(f"{self.name} {words}: leave independent seeds out, or use the protocol fast")
         return replace(self, echoes=1)
 
     def __str__(self) -> str:

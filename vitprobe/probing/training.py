@@ -134,12 +134,12 @@ class Training:
             return Inputs({}, {}), torch.zeros(0, dtype=torch.int64)
         return Inputs.joined(parts), torch.cat(labels)
 
-    def falls(self) -> dict[ProbeSpec, float]:
-        """How far the loss of each live probe on the watched images fell over the second half of the training."""
-        if self.halfway is None:
-            return dict.fromkeys(self.bank.live, 0.0)
-        fall = (self.halfway - heldout_losses(self.bank, self.feed, self.watched)).mean(dim=1).tolist()
-        return {spec: value for spec, value in zip(self.bank.specs, fall, strict=True) if spec not in self.bank.retired}
+    def watched_losses(self) -> dict[ProbeSpec, Float[np.ndarray, "2 image"]]:
+        """The loss of each live probe on each watched image, half way and now; empty where half way none was taken."""
+        if self.halfway is None or not self.halfway.shape[1]:
+            return {}
+        both = torch.stack([self.halfway, heldout_losses(self.bank, self.feed, self.watched)], dim=1).double().numpy()
+        return {spec: both[number] for number, spec in enumerate(self.bank.specs) if spec not in self.bank.retired}
 
     def save(self) -> None:
         """Write the state, atomically."""
@@ -178,11 +178,6 @@ def _drawn(inputs: Inputs, labels: Tensor, count: int, step: int, key: list[int]
     order = np.random.default_rng([*key, echo]).permutation(len(labels))
     rows = torch.from_numpy(np.array_split(order, count)[part]).to(labels.device)
     return inputs.pick(rows), labels[rows]
-
-
-def mean_fall(falls: Sequence[float]) -> float:
-    """The mean over seeds."""
-    return float(np.mean(falls))
 
 
 @torch.no_grad()

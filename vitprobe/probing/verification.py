@@ -21,6 +21,7 @@ from vitprobe.errors import UserError
 from vitprobe.files import disk_errors, write_atomically
 from vitprobe.probing.resampling import METHOD, Interval, Resample, holm, resample
 from vitprobe.probing.scores import mean_per_class
+from vitprobe.probing.trained import in_words, shortfalls
 from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
 
 KIND = "verification"  # what a manifest says that is of no profile
@@ -116,6 +117,13 @@ class Verification:
             f"{self.data} and on the protocol {self.protocol}. 95 % intervals over {varied} ({METHOD}); differences "
             f"are paired, p-values two-sided, p_holm adjusted for all rows."
         )
+
+    @property
+    def warnings(self) -> list[str]:
+        """Which probes are not trained to their end, a line each; see `vitprobe.probing.trained`."""
+        return [
+            line for result in self.results for line in shortfalls(result.name, result.top1, result.hyperparameters)
+        ]
 
     def _draw(self, measure: str) -> Resample:
         if measure not in MEASURES:
@@ -265,13 +273,15 @@ class Verification:
         return f"Verification({self.name!r}, {len(self.results)} aggregators, {self.num_images} images)"
 
     def __str__(self) -> str:
-        """The table in percent, and what it is conditional on."""
-        return f"{self._percents().to_string(index=False)}\n\n{self.conditions}"
+        """The table in percent, what it is conditional on, and which probes are not trained to their end."""
+        warnings = "".join(f"\nwarning: {warning}" for warning in self.warnings)
+        return f"{self._percents().to_string(index=False)}\n\n{self.conditions}{warnings}"
 
     def _repr_html_(self) -> str:
         """For notebooks: the same."""
         title, words = html.escape(self.name), html.escape(self.conditions)
-        return f"<h4>{title}</h4>{self._percents().to_html(index=False, border=0)}<p>{words}</p>"
+        warnings = "".join(f"<p>warning: {html.escape(warning)}</p>" for warning in self.warnings)
+        return f"<h4>{title}</h4>{self._percents().to_html(index=False, border=0)}<p>{words}</p>{warnings}"
 
     def _percents(self) -> pd.DataFrame:
         table = self.table()
@@ -293,8 +303,14 @@ class Verification:
                 "gain, points [95 %]": gains,
                 "p (Holm)": p_holm,
                 "mean per class, %": (100 * table["mean_per_class"]).map("{:.2f}".format),
+                **self._trained(),
             }
         )
+
+    def _trained(self) -> dict[str, list[str]]:
+        """A column that says which probes are not trained to their end, where there is one."""
+        words = [in_words(result.top1, result.hyperparameters) for result in self.results]
+        return {"trained": [word or "yes" for word in words]} if any(words) else {}
 
 
 def _rows(found: Interval, rows: Sequence[int], count: int) -> Interval:
