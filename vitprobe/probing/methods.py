@@ -122,7 +122,6 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
                 "weight_decay": specs[0].weight_decay,
                 "heldout_accuracy": mean,
                 "rate_at_edge": specs[0].learning_rate in (protocol.learning_rates[0], protocol.learning_rates[-1]),
-                **({"anchor": anchors[name].accuracy} if name in anchors else {}),
                 **(_fall(specs, losses) if plan.aggregators[name][0].learned else {}),
             },
             np.stack([rows[spec][0] for spec in specs]),

@@ -8,11 +8,11 @@ longer training. docs/verification.md says where the bound comes from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 BELOW = 0.01  # share of the test images by which a trained probe may be below its anchor
 STEEP = 0.05  # share of the loss half way by which it may fall until the end
@@ -34,30 +34,35 @@ def fall(halfway: Float[np.ndarray, "seed image"], end: Float[np.ndarray, "seed 
     return float(1 - after.mean() / before.mean()), bool(beyond.mean() > CERTAIN * error)
 
 
-def points_below(top1: Bool[np.ndarray, "seed image"], chosen: Mapping[str, Any]) -> float | None:
-    """By how many points a trained probe is below its anchor, where that is more than `BELOW`."""
-    anchor = chosen.get("anchor")
-    below = None if anchor is None else anchor - float(top1.mean())
-    return 100 * below if below is not None and below > BELOW else None
+def points_below(accuracy: float, anchor: float | None) -> float | None:
+    """By how many points a trained probe is below its anchor, where that is more than `BELOW`; both are shares."""
+    return 100 * (anchor - accuracy) if anchor is not None and anchor - accuracy > BELOW else None
 
 
-def in_words(top1: Bool[np.ndarray, "seed image"], chosen: Mapping[str, Any]) -> str:
+def in_words(accuracy: float, anchor: float | None, chosen: Mapping[str, Any]) -> str:
     """For a table: in what a probe is not trained to its end; empty where it is."""
-    below = points_below(top1, chosen)
+    below = points_below(accuracy, anchor)
     if below is not None:
         return f"{below:.1f} below anchor"
     return "not converged" if _still_falls(chosen) else ""
 
 
-def shortfalls(name: str, top1: Bool[np.ndarray, "seed image"], chosen: Mapping[str, Any]) -> Sequence[str]:
-    """The same as lines for a reader."""
+def shortfalls(name: str, accuracy: float, anchor: float | None, chosen: Mapping[str, Any]) -> list[str]:
+    """The same as lines for a reader.
+
+    Args:
+        name: of the result.
+        accuracy: of the trained probes, their mean over seeds.
+        anchor: of logistic regression on the same vectors; None where the aggregator has weights.
+        chosen: the result's hyperparameters, with what `fall` found where the aggregator has weights.
+    """
     lines = []
-    below = points_below(top1, chosen)
+    below = points_below(accuracy, anchor)
     if below is not None:
+        assert anchor is not None
         lines.append(
-            f"{name} is {below:.1f} points below logistic regression on the same vectors "
-            f"({100 * chosen['anchor']:.2f} %): its probes are not trained to their end, and gains over it are partly "
-            f"a difference in speed"
+            f"{name} is {below:.1f} points below logistic regression on the same vectors ({100 * anchor:.2f} %): its "
+            f"probes are not trained to their end, and gains over it are partly a difference in speed"
         )
     if _still_falls(chosen):
         lines.append(

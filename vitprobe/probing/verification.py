@@ -121,9 +121,15 @@ class Verification:
     @property
     def warnings(self) -> list[str]:
         """Which probes are not trained to their end, a line each; see `vitprobe.probing.trained`."""
-        return [
-            line for result in self.results for line in shortfalls(result.name, result.top1, result.hyperparameters)
-        ]
+        return [line for result in self.results for line in shortfalls(result.name, *self._training(result))]
+
+    def anchor(self, name: str) -> float | None:
+        """The accuracy of logistic regression on the vectors of a trained result; None where there is none."""
+        found = self.manifest.get("anchors", {}).get(name)
+        return None if found is None else found["accuracy"]
+
+    def _training(self, result: Result) -> tuple[float, float | None, Mapping[str, Any]]:
+        return float(result.top1.mean()), self.anchor(result.name), result.hyperparameters
 
     def _draw(self, measure: str) -> Resample:
         if measure not in MEASURES:
@@ -139,7 +145,10 @@ class Verification:
         (a share), ci_low, ci_high (95 %), gain, gain_ci_low, gain_ci_high (paired, over [cls] at the same place, or
         over gap where there is none; NaN without either), top5, mean_per_class, gain_over (what gains are over),
         p_value (two-sided, of no gain), p_holm (adjusted for all gains of the table), seeds, images, one column a
-        selected hyperparameter, model, weights (the first digits of their sha256: all numbers are conditional on them).
+        selected hyperparameter, anchor (accuracy of logistic regression on the same vectors, where the aggregator has
+        no weights; of trained protocols), loss_fall and converged (of learned aggregators; see
+        `vitprobe.probing.trained`), model, weights (the first digits of their sha256: all numbers are conditional on
+        them).
 
         Args:
             measure: what accuracy and gain are of: "top1", "top5" or "mean_per_class".
@@ -176,6 +185,8 @@ class Verification:
         )
         selected = pd.DataFrame([dict(result.hyperparameters) for result in self.results], index=table.index)
         table = pd.concat([table, selected], axis=1)
+        if self.manifest.get("anchors"):
+            table["anchor"] = np.array([self.anchor(result.name) for result in self.results], dtype=float)
         table["model"], table["weights"] = self.name, self.manifest["model"]["weights_sha256"][:12]
         return table
 
@@ -309,7 +320,7 @@ class Verification:
 
     def _trained(self) -> dict[str, list[str]]:
         """A column that says which probes are not trained to their end, where there is one."""
-        words = [in_words(result.top1, result.hyperparameters) for result in self.results]
+        words = [in_words(*self._training(result)) for result in self.results]
         return {"trained": [word or "yes" for word in words]} if any(words) else {}
 
 
