@@ -269,7 +269,7 @@ def test_independent_seeds_of_what_has_none(protocol: Any, words: str) -> None:
 
 def test_pools_take_bounded_memory() -> None:
     fast = PROTOCOLS["fast"]
-    assert fast.steps_a_batch == fast.seeds == 3 and PROTOCOLS["cached"].steps_a_batch == 1
+    assert fast.steps_a_batch == 6 and BANK.steps_a_batch == BANK.seeds == 2 and PROTOCOLS["cached"].steps_a_batch == 1
     vit_b = 128 * 197 * 768 * 4
     assert fast.pool_of(1) == fast.pool and fast.pool_of(vit_b) == fast.pool
     assert fast.pool_of(4 * vit_b) == 1 and fast.pool_of(2**40) == 1

@@ -1,0 +1,156 @@
+"""Is the probe trained? Anchors by logistic regression, and losses that still fall at the end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from helpers import tiny_vit
+from made_squares import BANK, CACHED, METHODS, squares, write_squares
+from test_cli import invoke
+from vitprobe import Verification, verify
+from vitprobe.probing import FrozenModel, Tap
+from vitprobe.probing.anchor import anchor_positions
+from vitprobe.probing.heldout import held_out
+from vitprobe.probing.logistic import STRENGTHS
+from vitprobe.probing.trained import fall, in_words, points_below, shortfalls
+
+SHORT = replace(BANK, learning_rates=(1e-6, 2e-6))  # rates with which nothing is learned
+
+
+def run(protocol: Any = BANK, aggregators: Any = ("cls", "gap", "abmilp"), **options: Any) -> Verification:
+    return verify(tiny_vit(), squares(), aggregators, protocol=protocol, workers=0, **options)
+
+
+@pytest.mark.parametrize("protocol", [BANK, CACHED], ids=lambda protocol: protocol.name)
+def test_an_anchor_is_scikit_learns_logistic_regression_on_unaugmented_vectors(protocol: Any) -> None:
+    model, data = tiny_vit(), squares()
+    found = run(protocol)
+    anchors = found.manifest["anchors"]
+    assert set(anchors) == {"cls@block1", "gap@block1"}  # of those without weights
+    held = held_out(data.train.labels, protocol.heldout, 0)
+
+    def vectors(split: Any) -> np.ndarray:
+        from vitprobe.models.loading import load_model
+
+        loaded = load_model(model)
+        pixels = torch.stack([loaded.transform(split.images.read(index)) for index in range(len(split))])
+        with FrozenModel(loaded, [Tap(1)]) as frozen:
+            return frozen(pixels)[Tap(1)].tokens[:, 0].double().numpy()
+
+    train, test = vectors(data.train), vectors(data.test)
+    scaler = StandardScaler().fit(train[~held])
+    accuracies = {}
+    for strength in STRENGTHS:
+        fitted = LogisticRegression(C=strength, tol=1e-6, max_iter=5000)
+        fitted.fit(scaler.transform(train[~held]), data.train.labels[~held])
+        accuracies[strength] = [
+            fitted.score(scaler.transform(part), labels)
+            for part, labels in ((train[held], data.train.labels[held]), (test, data.test.labels))
+        ]
+    mine = anchors["cls@block1"]
+    assert mine["images"] == 54 and mine["c"] in STRENGTHS
+    assert mine["heldout_accuracy"] == pytest.approx(max(right for right, _ in accuracies.values()), abs=0.17)
+    assert mine["accuracy"] == pytest.approx(accuracies[mine["c"]][1], abs=1.01 / 24)  # one image
+    table = found.table().set_index("aggregator")
+    assert table["anchor"].isna().tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("method", ["knn", "logistic"])
+def test_what_is_not_trained_has_no_anchor(method: str) -> None:
+    found = run(METHODS[method], ["cls", "gap"])
+    assert found.manifest["anchors"] == {} and found.warnings == [] and "anchor" not in found.table()
+
+
+def test_a_probe_below_its_anchor_is_said_everywhere(tmp_path: Path) -> None:
+    found = run(SHORT, out=tmp_path / "run")
+    anchor, accuracy = found.anchor("gap@block1"), found.table()["accuracy"][1]
+    assert anchor is not None and anchor > accuracy + 0.01
+    words = f"gap@block1 is {100 * (anchor - accuracy):.1f} points below logistic regression on the same vectors"
+    assert any(line.startswith(words) for line in found.warnings)
+    for said in (str(found), found._repr_html_(), str(Verification.load(tmp_path / "run"))):
+        assert f"warning: {words}" in said and f"{100 * (anchor - accuracy):.1f} below anchor" in said
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest["anchors"]["gap@block1"]["accuracy"] == anchor
+
+
+def test_the_command_line_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vitprobe.probing.protocols import PROTOCOLS
+
+    monkeypatch.setitem(PROTOCOLS, "fast", SHORT)
+    folder = write_squares(tmp_path / "squares")
+    options = ["--data", folder, "--model", "random_vit_nano", "--block", 0, "--workers", 0]
+    result = invoke("verify", *options, "--aggregators", "gap", "--out", tmp_path / "run", "--independent-seeds")
+    assert result.exit_code == 0, result.output
+    assert "warning: gap@block0 is" in result.stdout
+    assert Verification.load(tmp_path / "run").manifest["protocol"]["echoes"] == 1
+    refused = invoke("verify", *options, "--protocol", "knn", "--independent-seeds", "--out", tmp_path / "other")
+    assert refused.exit_code == 2 and not (tmp_path / "other").exists()
+
+
+def curve(level: float, seeds: int = 3, images: int = 400, noise: float = 0.5) -> np.ndarray:
+    """Losses that differ much from image to image, alike in every seed."""
+    rng = np.random.default_rng(0)
+    return level * (1 + noise * rng.standard_normal(images)) + 0.01 * rng.standard_normal((seeds, images))
+
+
+@pytest.mark.parametrize(
+    ("halfway", "end", "steep"),
+    [(1.0, 0.99, False), (1.0, 0.96, False), (1.0, 0.9, True), (2.0, 1.5, True), (0.2, 0.17, True), (1.0, 1.2, False)],
+)
+def test_a_made_curve(halfway: float, end: float, steep: bool) -> None:
+    share, found = fall(curve(halfway), curve(end))
+    assert found is steep and share == pytest.approx(1 - end / halfway, abs=0.01)
+
+
+def test_a_fall_on_a_few_images_is_no_certain_one() -> None:
+    rng = np.random.default_rng(1)
+    before, after = rng.exponential(1.0, (1, 5)), rng.exponential(0.9, (1, 5))
+    assert fall(before, after)[1] is False
+    assert fall(np.ones((2, 1)), np.zeros((2, 1)))[1] is False  # one image has no deviation
+
+
+def test_a_short_training_of_a_learned_probe_is_not_converged_and_a_long_one_is() -> None:
+    def trained(epochs: int, rate: float) -> Verification:
+        protocol = replace(BANK, epochs=epochs, learning_rates=(rate,), heldout=0.4)
+        return verify(tiny_vit(), squares(60), ["cls", "abmilp"], protocol=protocol, workers=0)
+
+    short, long = trained(3, 3e-3), trained(40, 3e-3)
+    for found, converged in ((short, False), (long, True)):
+        chosen = {result.name: result.hyperparameters for result in found.results}
+        assert chosen["abmilp@block1"]["converged"] is converged, chosen
+        assert "converged" not in chosen["cls@block1"]  # which has an anchor
+        named = [line for line in found.warnings if line.startswith("abmilp@block1 is not converged")]
+        assert bool(named) is not converged
+        assert ("not converged" in str(found)) is not converged
+        assert found.table().set_index("aggregator")["converged"]["abmilp@block1"] == converged
+
+
+def test_in_words() -> None:
+    assert points_below(0.5, 0.505) is None and points_below(0.5, None) is None and points_below(0.6, 0.5) is None
+    assert points_below(0.5, 0.55) == pytest.approx(5)
+    assert in_words(0.5, 0.55, {}) == "5.0 below anchor" and in_words(0.5, None, {}) == ""
+    falling = {"loss_fall": 0.2, "converged": False}
+    assert in_words(0.5, None, falling) == "not converged" and in_words(0.5, None, {**falling, "converged": True}) == ""
+    assert shortfalls("ep@block1", 0.5, None, falling) == [
+        "ep@block1 is not converged: its loss on held-out images fell by 20.0% over the second half of the training; "
+        "more steps would give it more"
+    ]
+    assert shortfalls("cls@block1", 0.5, None, {"c": 1.0, "converged": False}) == []  # of logistic regression's solver
+
+
+def test_anchors_of_large_sets_are_fitted_on_a_part_of_every_class() -> None:
+    labels = np.repeat(np.arange(10), 100)
+    positions = np.flatnonzero(np.arange(1000) % 10 > 0).tolist()
+    assert anchor_positions(positions, labels, 0, most=900) == positions
+    part = anchor_positions(positions, labels, 0, most=300)
+    assert set(part) < set(positions) and np.bincount(labels[part]).tolist() == [30] * 10
+    assert anchor_positions(positions, labels, 0, most=300) == part != anchor_positions(positions, labels, 1, most=300)
