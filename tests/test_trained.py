@@ -88,7 +88,7 @@ def test_the_command_line_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(PROTOCOLS, "fast", SHORT)
     folder = write_squares(tmp_path / "squares")
     options = ["--data", folder, "--model", "random_vit_nano", "--block", 0, "--workers", 0]
-    result = invoke("verify", *options, "--aggregators", "gap", "--out", tmp_path / "run", "--independent-seeds")
+    result = invoke("verify", *options, "--aggregators", "cls,gap", "--out", tmp_path / "run", "--independent-seeds")
     assert result.exit_code == 0, result.output
     assert "warning: gap@block0 is" in result.stdout
     assert Verification.load(tmp_path / "run").manifest["protocol"]["echoes"] == 1
@@ -104,27 +104,47 @@ def curve(level: float, seeds: int = 3, images: int = 400, noise: float = 0.5) -
 
 @pytest.mark.parametrize(
     ("halfway", "end", "steep"),
-    [(1.0, 0.99, False), (1.0, 0.96, False), (1.0, 0.9, True), (2.0, 1.5, True), (0.2, 0.17, True), (1.0, 1.2, False)],
+    [
+        *((1.0, 0.99, False), (1.0, 0.9, False), (1.0, 0.8, True), (2.2, 2.1, True), (0.2, 0.17, False)),
+        *((1.0, 1.2, False), (2.31, 2.2, True), (2.4, 2.35, True), (1.0, 1.0, False)),
+    ],
 )
 def test_a_made_curve(halfway: float, end: float, steep: bool) -> None:
-    share, found = fall(curve(halfway), curve(end))
-    assert found is steep and share == pytest.approx(1 - end / halfway, abs=0.01)
+    start = float(np.log(10))
+    share, found = fall(curve(halfway), curve(end), start)
+    assert found is steep
+    if max(halfway, end) < start and halfway > end:
+        assert share == pytest.approx((halfway - end) / (start - end), abs=0.01)
+    assert share <= 1
+
+
+def test_a_loss_that_falls_as_fast_as_on_average_is_steep_and_one_that_has_settled_is_not() -> None:
+    from vitprobe.probing.schedule import rate_factor
+
+    factors = np.array([rate_factor(step, steps=1000, warmup_steps=100) for step in range(1000)])
+    way = np.cumsum(factors) / factors.sum()
+    assert 1 - way[499] == pytest.approx(0.18, abs=0.03)
+
+    def looked_at(loss: np.ndarray) -> bool:
+        return fall(curve(loss[499]), curve(loss[-1]), loss[0])[1]
+
+    assert looked_at(2.3 - way) and looked_at(0.3 + 2 * np.exp(-way))
+    assert not looked_at(0.3 + 2 * np.exp(-10 * way))
 
 
 def test_a_fall_on_a_few_images_is_no_certain_one() -> None:
     rng = np.random.default_rng(1)
     before, after = rng.exponential(1.0, (1, 5)), rng.exponential(0.9, (1, 5))
-    assert fall(before, after)[1] is False
-    assert fall(np.ones((2, 1)), np.zeros((2, 1)))[1] is False  # one image has no deviation
+    assert fall(before, after, 2.3)[1] is False
+    assert fall(np.ones((2, 1)), np.zeros((2, 1)), 2.3)[1] is False  # one image has no deviation
 
 
 def test_a_short_training_of_a_learned_probe_is_not_converged_and_a_long_one_is() -> None:
-    def trained(epochs: int, rate: float) -> Verification:
-        protocol = replace(BANK, epochs=epochs, learning_rates=(rate,), heldout=0.4)
+    def trained(epochs: int) -> Verification:
+        protocol = replace(BANK, epochs=epochs, learning_rates=(1e-2,), heldout=0.4)
         return verify(tiny_vit(), squares(60), ["cls", "abmilp"], protocol=protocol, workers=0)
 
-    short, long = trained(3, 3e-3), trained(40, 3e-3)
-    for found, converged in ((short, False), (long, True)):
+    for found, converged in ((trained(3), False), (trained(40), True)):
         chosen = {result.name: result.hyperparameters for result in found.results}
         assert chosen["abmilp@block1"]["converged"] is converged, chosen
         assert "converged" not in chosen["cls@block1"]  # which has an anchor
@@ -141,8 +161,8 @@ def test_in_words() -> None:
     falling = {"loss_fall": 0.2, "converged": False}
     assert in_words(0.5, None, falling) == "not converged" and in_words(0.5, None, {**falling, "converged": True}) == ""
     assert shortfalls("ep@block1", 0.5, None, falling) == [
-        "ep@block1 is not converged: its loss on held-out images fell by 20.0% over the second half of the training; "
-        "more steps would give it more"
+        "ep@block1 is not converged: 20% of the fall of its loss on held-out images came in the second half of the "
+        "training; more steps would give it more"
     ]
     assert shortfalls("cls@block1", 0.5, None, {"c": 1.0, "converged": False}) == []  # of logistic regression's solver
 

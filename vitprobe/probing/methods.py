@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -122,7 +123,7 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
                 "weight_decay": specs[0].weight_decay,
                 "heldout_accuracy": mean,
                 "rate_at_edge": specs[0].learning_rate in (protocol.learning_rates[0], protocol.learning_rates[-1]),
-                **(_fall(specs, losses) if plan.aggregators[name][0].learned else {}),
+                **(_fall(specs, losses, len(data.classes)) if plan.aggregators[name][0].learned else {}),
             },
             np.stack([rows[spec][0] for spec in specs]),
             np.stack([rows[spec][1] for spec in specs]),
@@ -138,12 +139,12 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
     return Outcome(tested.indices, results, probes, skipped, diverged, kept)
 
 
-def _fall(specs: Sequence[ProbeSpec], losses: Mapping[ProbeSpec, np.ndarray]) -> dict[str, Any]:
+def _fall(specs: Sequence[ProbeSpec], losses: Mapping[ProbeSpec, np.ndarray], num_classes: int) -> dict[str, Any]:
     """How far the held-out loss of a result's probes still fell, and whether they count as converged."""
     if not losses:
         return {}
     halfway, end = np.stack([losses[spec] for spec in specs], axis=1)
-    share, steep = fall(halfway, end)
+    share, steep = fall(halfway, end, math.log(num_classes))
     return {"loss_fall": share, "converged": not steep}
 
 

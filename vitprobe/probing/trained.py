@@ -1,9 +1,9 @@
 """Whether a probe is trained to its end: against its anchor, or by the loss on held-out images over the training.
 
 Where an aggregator has weights there is no convex problem to compare with. Then the loss on held-out images is looked
-at half way and at the end. The learning rate falls as half a cosine, so the second half has 18 % of the sum of all
-learning rates: what a probe still gains in it beyond what the settling of the noise gives, it would gain again from a
-longer training. docs/verification.md says where the bound comes from.
+at half way and at the end, and what it fell by between is compared with all that it fell by since the start. The
+learning rate falls as half a cosine, so the second half of the steps has 18 % of the sum of all learning rates: a loss
+that still falls as fast as it fell on average makes 18 % of its way there. More than half of that is called steep.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ import numpy as np
 from jaxtyping import Float
 
 BELOW = 0.01  # share of the test images by which a trained probe may be below its anchor
-STEEP = 0.05  # share of the loss half way by which it may fall until the end
-CERTAIN = 2.0  # standard errors by which a fall must be more than that
+STEEP = 0.1  # share of a loss's whole fall that may fall in the second half of the steps
+CERTAIN = 2.0  # standard errors by which it must be more than that
 
 
-def fall(halfway: Float[np.ndarray, "seed image"], end: Float[np.ndarray, "seed image"]) -> tuple[float, bool]:
-    """By what share of itself a loss fell over the second half of a training, and whether that is still steep.
+def fall(
+    halfway: Float[np.ndarray, "seed image"], end: Float[np.ndarray, "seed image"], start: float
+) -> tuple[float, bool]:
+    """What share of a loss's fall came in the second half of a training, and whether that is still steep.
 
-    It is steep where it fell by more than `STEEP`, and not by the chance of which images are held out.
+    It is steep where it is more than `STEEP`, and not by the chance of which images are held out.
 
     Args:
         halfway: the loss of each seed's probe on each held-out image after half of the steps.
         end: the same at the end.
+        start: the loss before training, of a classifier that cannot tell.
     """
     before, after = halfway.mean(axis=0), end.mean(axis=0)
-    beyond = (1 - STEEP) * before - after  # paired by image; its mean is above 0 where the fall is above the bound
+    beyond = (before - after) - STEEP * (start - after)  # paired by image; its mean is above 0 where the share is more
     error = beyond.std(ddof=1) / np.sqrt(len(beyond)) if len(beyond) > 1 else np.inf
-    return float(1 - after.mean() / before.mean()), bool(beyond.mean() > CERTAIN * error)
+    fallen = before.mean() - after.mean()
+    share = float(fallen / (abs(fallen) + max(0.0, start - before.mean()))) if fallen else 0.0
+    return share, bool(fallen > 0 and beyond.mean() > CERTAIN * error)
 
 
 def points_below(accuracy: float, anchor: float | None) -> float | None:
@@ -66,8 +71,8 @@ def shortfalls(name: str, accuracy: float, anchor: float | None, chosen: Mapping
         )
     if _still_falls(chosen):
         lines.append(
-            f"{name} is not converged: its loss on held-out images fell by {chosen['loss_fall']:.1%} over the second "
-            f"half of the training; more steps would give it more"
+            f"{name} is not converged: {chosen['loss_fall']:.0%} of the fall of its loss on held-out images came in the "
+            f"second half of the training; more steps would give it more"
         )
     return lines
 
