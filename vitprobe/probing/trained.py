@@ -71,8 +71,8 @@ def shortfalls(name: str, accuracy: float, anchor: float | None, chosen: Mapping
         )
     if _still_falls(chosen):
         lines.append(
-            f"{name} is not converged: {chosen['loss_fall']:.0%} of the fall of its loss on held-out images came in the "
-            f"second half of the training; more steps would give it more"
+            f"{name} is not converged: {chosen['loss_fall']:.0%} of the fall of its loss on held-out images came in "
+            f"the second half of the training; more steps would give it more"
         )
     return lines
 
