@@ -140,9 +140,9 @@ PROTOCOLS = {
     for protocol in (
         Protocol(
             name="fast",
-            words="AdamW on whole images and their mirror images, 6 epochs or 300 steps, the learning rate selected from "
-            "seven on a tenth of the training images, as CAPI does; 3 seeds, each with an order and crops of its own, which take "
-            "6 steps for each batch that they read",
+            words="AdamW on whole images and their mirror images, 6 epochs or 300 steps, the learning rate selected "
+            "from seven on a tenth of the training images, as CAPI does; 3 seeds, each with an order and draws of its "
+            "own, which take 6 steps for each batch that they read",
             method="bank",
             seeds=3,
             echoes=6,
