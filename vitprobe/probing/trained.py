@@ -2,8 +2,9 @@
 
 Where an aggregator has weights there is no convex problem to compare with. Then the loss on held-out images is looked
 at half way and at the end, and what it fell by between is compared with all that it fell by since the start. The
-learning rate falls as half a cosine, so the second half of the steps has 18 % of the sum of all learning rates: a loss
-that still falls as fast as it fell on average makes 18 % of its way there. More than half of that is called steep.
+learning rate rises for a tenth of the steps and falls as half a cosine, so the second half of the steps has 22 % of the
+sum of all learning rates: a loss that still falls as fast as it fell on average makes 22 % of its way there. More than
+10 %, about half of that, is called steep.
 """
 
 from __future__ import annotations
