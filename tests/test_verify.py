@@ -432,7 +432,9 @@ def test_the_cache_is_filled_in_the_same_batches_and_read_back(monkeypatch: pyte
 
     monkeypatch.setattr(TokenCache, "batch", batch)
     small(protocol=CACHED)
-    assert counts == [16] * 6 + [6] + [16, 8]  # two epochs of 54 images, the held-out slice, the test images
+    # an epoch of 54 images with each of two seeds, losses on the held-out slice, another epoch; then the slice to
+    # select on, the test images, the training images for the anchors, and losses again
+    assert counts == [*[16] * 6, 6, *[16] * 6, 6, 16, 8, 16, 16, 16, 6, 6]
 
 
 def test_progress_bars_say_what_is_done(capfd: pytest.CaptureFixture) -> None:

@@ -54,6 +54,11 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1, …  [a GPU where there is one]")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is drawn.")
 @click.option(
+    "--independent-seeds",
+    is_flag=True,
+    help="Let each seed make all passes over the images by itself; as many times the passes as there are seeds.",
+)
+@click.option(
     "--out",
     type=SomePath(),
     metavar="DIR",

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitprobe.aggregation import create
 from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.errors import UserError
 from vitprobe.models.tokens import TokenLayout
+from vitprobe.probing.inputs import Inputs
 from vitprobe.probing.optimizers import OPTIMIZERS
 from vitprobe.probing.probe import Init, Probe, ProbeSpec
 from vitprobe.probing.schedule import rate_factor
@@ -24,11 +25,12 @@ from vitprobe.probing.tap import Tap
 
 
 class Bank:
-    """Probes that read the same frozen tokens and share nothing else that is trained.
+    """Probes that read the tokens of the same frozen model and share nothing else that is trained.
 
     A probe's weights are, bit for bit, those of a bank that holds it alone: each is drawn from its own seed, takes its
-    own forward and backward pass with its own loss, and its own optimiser step. Only what cannot differ is shared: the
-    vector that an aggregator without weights gives, and the normalisation of that vector.
+    own forward and backward pass with its own loss, and its own optimiser step. Probes of one seed read the same
+    images in the same order; each seed may read images of its own. Only what cannot differ is shared: the vector that
+    an aggregator without weights gives, and, within a seed, the normalisation of that vector.
 
     Args:
         specs: the probes, all different.
@@ -67,9 +69,10 @@ class Bank:
             raise UserError(f"a warm-up of {warmup_steps} steps does not fit in {steps} steps of training")
         self.step = 0
         self.retired: dict[ProbeSpec, str] = {}
+        self._numbers_of_tokens = layout.num_tokens * dim
         self._schedule = {"steps": steps, "warmup_steps": warmup_steps}
         self._probes: dict[ProbeSpec, Probe] = {}
-        self._members = _grouped(self.specs, lambda spec: spec.name)
+        self._members = _grouped(self.specs, lambda spec: f"{spec.name} {spec.seed}")
         for members in self._members:
             shares: Probe | None = None
             for spec in members:
@@ -88,18 +91,52 @@ class Bank:
             for members in trained
         ]
         self._trained = [spec for members in trained for spec in members]
+        self._weightless = {
+            spec.name: (self._probes[spec].aggregator, spec.tap)
+            for spec in self.specs
+            if not self._probes[spec].aggregator.learned
+        }
+        self._learned_taps = {spec.tap for spec in self.specs if spec.name not in self._weightless}
 
     @property
     def live(self) -> list[ProbeSpec]:
         """The probes that have not been retired."""
         return [spec for spec in self.specs if spec not in self.retired]
 
-    def train_step(self, batches: Mapping[Tap, TokenBatch], labels: Int[Tensor, " batch"]) -> dict[ProbeSpec, float]:
-        """One optimiser step of every live probe; a probe whose loss or weights are not finite is retired.
+    @property
+    def seeds(self) -> list[int]:
+        """The probes' seeds, each once."""
+        return list(dict.fromkeys(spec.seed for spec in self.specs))
+
+    @property
+    def bytes_an_image(self) -> int:
+        """What `read` keeps of one image."""
+        probes = {spec.name: self._probes[spec] for spec in self.specs}
+        vectors = sum(probes[name].aggregator.out_dim for name in self._weightless)
+        numbers = vectors + len(self._learned_taps) * self._numbers_of_tokens
+        return numbers * next(iter(probes.values())).head.weight.element_size()
+
+    def read(self, batches: Mapping[Tap, TokenBatch]) -> Inputs:
+        """Return what the probes read of these tokens.
 
         Args:
             batches: for each tap of the probes, the tokens there of the same images.
-            labels: the class of each image.
+        """
+        with torch.no_grad():
+            vectors = {
+                name: aggregator(batches[tap]).contiguous() for name, (aggregator, tap) in self._weightless.items()
+            }
+        return Inputs(vectors, {tap: batch for tap, batch in batches.items() if tap in self._learned_taps})
+
+    def train_step(
+        self, batches: Mapping[Tap, TokenBatch] | Mapping[int, Inputs], labels: Tensor | Mapping[int, Tensor]
+    ) -> dict[ProbeSpec, float]:
+        """One optimiser step of every live probe; a probe whose loss or weights are not finite is retired.
+
+        Args:
+            batches: for each tap of the probes, the tokens there of the same images; or for each seed, what `read`
+                gave of its images.
+            labels: the class of each image; for each seed where `batches` is.
 
         Returns:
             The mean cross-entropy of each live probe before the step.
@@ -107,11 +144,14 @@ class Bank:
         Raises:
             UserError: for fewer than two images, and where no probe is left.
         """
-        if len(labels) < 2:
+        if isinstance(labels, Tensor):
+            shared = self.read(cast(Mapping[Tap, TokenBatch], batches))
+            batches, labels = dict.fromkeys(self.seeds, shared), dict.fromkeys(self.seeds, labels)
+        if min(len(labels[seed]) for seed in self.seeds) < 2:
             raise UserError("a batch of one image cannot be normalised: train on batches of two images or more")
         if self.step >= self._schedule["steps"]:
             raise RuntimeError(f"the training is over: all {self.step} steps are done")
-        losses = self._backward(batches, labels)
+        losses = self._backward(cast(Mapping[int, Inputs], batches), labels)
         for optimizer in self._optimizers:
             optimizer.step(rate_factor(self.step, **self._schedule), self.step + 1)
         self.step += 1
@@ -127,36 +167,39 @@ class Bank:
             raise UserError(f"every probe diverged by step {self.step}: lower the learning rates")
         return dict(zip(losses, values, strict=True))
 
-    def _backward(self, batches: Mapping[Tap, TokenBatch], labels: Tensor) -> dict[ProbeSpec, Tensor]:
+    def _backward(self, inputs: Mapping[int, Inputs], labels: Mapping[int, Tensor]) -> dict[ProbeSpec, Tensor]:
         """Adds each live probe's gradients; one learned probe's graph is freed before the next is built."""
         self._modules.train()
-        usable = {tap: _outside_inference(batch) for tap, batch in batches.items()}
+        usable = {each: each.outside_inference() for each in set(inputs.values())}
         losses: dict[ProbeSpec, Tensor] = {}
-        for members in self._live_members():
-            vector = self._shared_vector(members, usable)
-            for spec in members:
-                probe = self._probes[spec]
-                scores = probe(usable[spec.tap]) if vector is None else probe.head(vector)
-                loss = F.cross_entropy(scores, labels)
-                loss.backward()
-                losses[spec] = loss.detach()
-        return losses
+        for spec, scores in self._scores({seed: usable[each] for seed, each in inputs.items()}):
+            loss = F.cross_entropy(scores, labels[spec.seed])
+            loss.backward()
+            losses[spec] = loss.detach()
+        return {spec: losses[spec] for spec in self.specs if spec in losses}
 
     @torch.no_grad()
-    def logits(self, batches: Mapping[Tap, TokenBatch]) -> dict[ProbeSpec, Float[Tensor, "batch classes"]]:
+    def logits(self, batches: Mapping[Tap, TokenBatch] | Inputs) -> dict[ProbeSpec, Float[Tensor, "batch classes"]]:
         """The class scores that each live probe gives in eval mode.
 
         Args:
-            batches: for each tap of the probes, the tokens there of the same images.
+            batches: for each tap of the probes, the tokens there of the same images; or what `read` gave of them.
         """
         self._modules.eval()
-        scores: dict[ProbeSpec, Tensor] = {}
+        inputs = batches if isinstance(batches, Inputs) else self.read(batches)
+        return dict(self._scores(dict.fromkeys(self.seeds, inputs)))
+
+    def _scores(self, inputs: Mapping[int, Inputs]) -> Iterator[tuple[ProbeSpec, Tensor]]:
+        """Each live probe's scores; a learned probe's are computed when they are asked for."""
         for members in self._live_members():
-            vector = self._shared_vector(members, batches)
+            probe, mine = self._probes[members[0]], inputs[members[0].seed]
+            vector = None
+            if not probe.aggregator.learned:
+                with torch.no_grad():
+                    vector = probe.norm(mine.vectors[members[0].name])
             for spec in members:
                 probe = self._probes[spec]
-                scores[spec] = probe(batches[spec.tap]) if vector is None else probe.head(vector)
-        return scores
+                yield spec, probe(mine.tokens[spec.tap]) if vector is None else probe.head(vector)
 
     def probe(self, spec: ProbeSpec) -> Probe:
         """A copy of one probe as it is now, in eval mode; nothing of it is trained further."""
@@ -201,17 +244,9 @@ class Bank:
         return tensors | {f"probe{name}": buffer for name, buffer in self._modules.named_buffers()}  # shared ones once
 
     def _live_members(self) -> list[list[ProbeSpec]]:
-        """Live probes, those of one name together."""
+        """Live probes, those of one name and seed together."""
         live = ([spec for spec in members if spec not in self.retired] for members in self._members)
         return [members for members in live if members]
-
-    def _shared_vector(self, members: Sequence[ProbeSpec], batches: Mapping[Tap, TokenBatch]) -> Tensor | None:
-        """What all classifiers of an aggregator without weights read; None for one with weights."""
-        probe = self._probes[members[0]]
-        if probe.aggregator.learned:
-            return None
-        with torch.no_grad():
-            return probe.vector(batches[members[0].tap])
 
 
 def _initial(
@@ -235,8 +270,3 @@ def _grouped(specs: Sequence[ProbeSpec], key: Callable[[ProbeSpec], str]) -> lis
     for spec in specs:
         groups.setdefault(key(spec), []).append(spec)
     return list(groups.values())
-
-
-def _outside_inference(batch: TokenBatch) -> TokenBatch:
-    """Tokens from inference mode cannot take part in a backward pass; a copy can."""
-    return replace(batch, tokens=batch.tokens.clone()) if batch.tokens.is_inference() else batch

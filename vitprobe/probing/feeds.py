@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from vitprobe.data.labelled_batches import batches
 from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
+
+Crops = tuple[int, int]  # the seed and the epoch that images' crops depend on
 
 
 class Fed(NamedTuple):
@@ -36,6 +38,15 @@ class Fed(NamedTuple):
         return len(self.indices) + len(self.skipped)
 
 
+@runtime_checkable
+class Feed(Protocol):
+    """What gives the tokens of a labelled set's images."""
+
+    def __call__(self, order: Sequence[int], crops: Crops | None = None) -> Generator[Fed, None, None]:
+        """The images at some positions, a batch at a time; augmented where it is said whose crops to draw."""
+        ...
+
+
 @dataclass(frozen=True)
 class ImageFeed:
     """Images through the frozen model, augmented in training.
@@ -44,8 +55,7 @@ class ImageFeed:
         frozen: the model, inside its context.
         split: the images.
         batch_size: images at a time.
-        augmentation: of images of an epoch.
-        seed: of that.
+        augmentation: of training images.
         workers: processes that read; chosen for the machine without.
     """
 
@@ -53,19 +63,19 @@ class ImageFeed:
     split: LabelledSet
     batch_size: int
     augmentation: Augmentation | None = None
-    seed: int = 0
     workers: int | None = None
 
-    def __call__(self, order: Sequence[int], epoch: int | None = None) -> Generator[Fed, None, None]:
-        """The images at some positions, a batch at a time; with an epoch's augmentation where one is named."""
+    def __call__(self, order: Sequence[int], crops: Crops | None = None) -> Generator[Fed, None, None]:
+        """The images at some positions, a batch at a time; augmented where it is said whose crops to draw."""
+        seed, epoch = crops or (0, 0)
         loaded = batches(
             self.split,
             self.frozen.model.transform,
             self.batch_size,
             order=order,
-            augment=None if epoch is None else self.augmentation,
-            seed=self.seed,
-            epoch=epoch or 0,
+            augment=None if crops is None else self.augmentation,
+            seed=seed,
+            epoch=epoch,
             workers=self.workers,
             pin_memory=self.frozen.device.type == "cuda",
         )
@@ -78,7 +88,7 @@ class ImageFeed:
 
 @dataclass(frozen=True)
 class CacheFeed:
-    """Tokens that are on a disk; an epoch has no augmentation.
+    """Tokens that are on a disk; there are no crops.
 
     Attributes:
         cache: filled.
@@ -92,7 +102,7 @@ class CacheFeed:
     batch_size: int
     device: torch.device
 
-    def __call__(self, order: Sequence[int], epoch: int | None = None) -> Generator[Fed, None, None]:
+    def __call__(self, order: Sequence[int], crops: Crops | None = None) -> Generator[Fed, None, None]:
         """The images at some positions, a batch at a time."""
         readable, reasons = set(self.cache.readable.tolist()), dict(self.cache.skipped)
         for positions in cut(range(len(order)), self.batch_size):
@@ -103,6 +113,3 @@ class CacheFeed:
             tokens = {tap: replace(batch, tokens=batch.tokens.to(self.device)) for tap, batch in stored}
             labels = torch.from_numpy(self.split.labels[np.array(good, np.int64)]).to(self.device)
             yield Fed(tokens, labels, good, [(name, reasons[name]) for name in bad])
-
-
-Feed = ImageFeed | CacheFeed  # each gives the tokens of a labelled set's images

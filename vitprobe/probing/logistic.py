@@ -80,17 +80,71 @@ def logistic(
     """
     check_features(train, "training")
     check_features(test, "test")
-    rest, accuracy = ~heldout, {}
-    path = _Path(train[rest], train_labels[rest], num_classes, iterations)
-    for strength in sorted(strengths):  # from the strongest penalty: each fit starts where the last one ended
-        weight, bias, _ = path.fit(strength)
-        scores = train[heldout].double() @ weight.T + bias
-        accuracy[strength] = float(correct(scores, train_labels[heldout]).double().mean())
-    best = max(accuracy, key=lambda strength: accuracy[strength])
-    weight, bias, converged = _Path(train, train_labels, num_classes, iterations).fit(best)
+    best = fit_best(
+        train[~heldout],
+        train_labels[~heldout],
+        train[heldout],
+        train_labels[heldout],
+        num_classes=num_classes,
+        strengths=strengths,
+        iterations=iterations,
+    )
+    weight, bias, converged = _Path(train, train_labels, num_classes, iterations).fit(best.c)
     scores = test.double() @ weight.T + bias
     top1, top5 = (correct(scores, test_labels, top) for top in (1, TOP))
-    return LogisticResult(best, accuracy, converged, weight, bias, top1, top5)
+    return LogisticResult(best.c, best.heldout_accuracy, converged, weight, bias, top1, top5)
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The fit whose C was best on held-out images.
+
+    Attributes:
+        c: that C.
+        heldout_accuracy: of every C.
+        converged: of every C, whether its fit ended before its last iteration.
+        weight: for raw features.
+        bias: likewise.
+    """
+
+    c: float
+    heldout_accuracy: dict[float, float]
+    converged: dict[float, bool]
+    weight: Float[Tensor, "classes dim"]
+    bias: Float[Tensor, " classes"]
+
+
+def fit_best(
+    train: Float[Tensor, "train dim"],
+    train_labels: Int[Tensor, " train"],
+    heldout: Float[Tensor, "heldout dim"],
+    heldout_labels: Int[Tensor, " heldout"],
+    *,
+    num_classes: int,
+    strengths: Sequence[float] = STRENGTHS,
+    iterations: int = ITERATIONS,
+) -> Best:
+    """Fit with every C, and return the fit that has most held-out images right; of equal ones the smallest C.
+
+    Args:
+        train: features of the images to fit on.
+        train_labels: their classes, from 0.
+        heldout: features of the images to select on.
+        heldout_labels: their classes.
+        num_classes: classes.
+        strengths: values of C to choose from.
+        iterations: of L-BFGS, at most.
+
+    """
+    accuracy, ended, fits = {}, {}, {}
+    path = _Path(train, train_labels, num_classes, iterations)
+    for strength in sorted(strengths):  # from the strongest penalty: each fit starts where the last one ended
+        weight, bias, ended[strength] = path.fit(strength)
+        scores = heldout.double() @ weight.T + bias
+        accuracy[strength] = float(correct(scores, heldout_labels).double().mean())
+        fits[strength] = weight, bias
+    best = max(accuracy, key=lambda strength: accuracy[strength])
+    return Best(best, accuracy, ended, *fits[best])
 
 
 class _Path:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from vitprobe.data.labelled import LabelledData
 from vitprobe.errors import UserError
 from vitprobe.files import free_bytes
+from vitprobe.probing.anchor import Pooling, anchor_positions, fit_anchors
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.feeds import CacheFeed, Feed, ImageFeed
@@ -23,9 +25,11 @@ from vitprobe.probing.plan import Plan
 from vitprobe.probing.pooled import pool
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tokens import FrozenModel
+from vitprobe.probing.trained import fall
 from vitprobe.probing.training import Training, heldout_accuracy, select, steps_of_a_pass, test
 from vitprobe.probing.verification import Result
 
+WATCHED = 512  # held-out images on which losses are taken during training
 TRAINING, TOKENS = "training.safetensors", "tokens"
 Progress = Callable[[str, int, int], Callable[[int], Any]]  # words, images in all, images done → call with more
 
@@ -40,6 +44,8 @@ class Outcome:
         probes: the selected ones, if any were trained.
         skipped: name and reason of each image, first of the training part, that could not be read.
         diverged: probes that were retired, with the reason.
+        anchors: logistic regression on the vectors of each result whose aggregator has no weights, if probes were
+            trained.
     """
 
     tested: list[int]
@@ -47,6 +53,7 @@ class Outcome:
     probes: list[tuple[ProbeSpec, Probe]]
     skipped: list[tuple[str, str]]
     diverged: dict[str, str]
+    anchors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: Progress) -> Outcome:
@@ -61,11 +68,10 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
     Raises:
         UserError: see `verify`.
     """
-    data, protocol, seed = plan.data, plan.protocol, plan.seed
+    data, protocol = plan.data, plan.protocol
     held = plan.held_out()
     positions, heldout = np.flatnonzero(~held).tolist(), np.flatnonzero(held).tolist()
-    epochs = protocol.epochs_for(len(positions))
-    steps = epochs * steps_of_a_pass(len(positions), protocol.batch_size)
+    steps = protocol.epochs_for(len(positions)) * steps_of_a_pass(len(positions), protocol.batch_size)
     with ExitStack() as stack:
         frozen = stack.enter_context(plan.frozen())
         train_feed, test_feed = _feeds(plan, frozen, folder, claim, progress)
@@ -79,18 +85,34 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
             init=protocol.init,
             device=plan.device,
         )
-        path = folder / TRAINING
-        training = Training(bank, train_feed, positions, epochs, protocol.batch_size, seed, path, claim)
+        training = Training(
+            bank,
+            train_feed,
+            positions,
+            steps,
+            protocol.batch_size,
+            folder / TRAINING,
+            claim,
+            protocol.steps_a_batch,
+            protocol.pool_of(protocol.batch_size * bank.bytes_an_image),
+            heldout[:WATCHED],
+        )
         training.load()
         training.run(progress(f"train {len(bank.specs)} probes", training.images, training.images_done))
         if not bank.step:
             raise _unread(data, "training", list(training.skipped.items()))
-        accuracy, unread = heldout_accuracy(bank, train_feed, heldout, progress("select", len(heldout), 0))
+        weightless = {name: place for name, place in plan.aggregators.items() if not place[0].learned}
+        of_train, of_heldout, of_test = (Pooling(feed, weightless) for feed in (train_feed, train_feed, test_feed))
+        accuracy, unread = heldout_accuracy(bank, of_heldout, heldout, progress("select", len(heldout), 0))
         chosen = select(bank.specs, accuracy)
         probes = [(spec, bank.probe(spec)) for specs, _ in chosen.values() for spec in specs]
-        tested = test(probes, test_feed, len(data.test), progress("test", len(data.test), 0))
-    if not tested.indices:
-        raise _unread(data, "test", tested.skipped)
+        tested = test(probes, of_test, len(data.test), progress("test", len(data.test), 0))
+        if not tested.indices:
+            raise _unread(data, "test", tested.skipped)
+        fitted = anchor_positions(positions, data.train.labels, plan.seed) if weightless else []
+        of_train.read(fitted, progress("vectors for the anchors", len(fitted), 0))
+        anchors = fit_anchors(of_train, of_heldout, of_test, len(data.classes), progress("anchors", len(weightless), 0))
+        losses = training.watched_losses()
     rows = {spec: (tested.top1[number], tested.top5[number]) for number, (spec, _) in enumerate(probes)}
     results = [
         Result(
@@ -101,6 +123,7 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
                 "weight_decay": specs[0].weight_decay,
                 "heldout_accuracy": mean,
                 "rate_at_edge": specs[0].learning_rate in (protocol.learning_rates[0], protocol.learning_rates[-1]),
+                **(_fall(specs, losses, len(data.classes)) if plan.aggregators[name][0].learned else {}),
             },
             np.stack([rows[spec][0] for spec in specs]),
             np.stack([rows[spec][1] for spec in specs]),
@@ -112,7 +135,17 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
         for spec, reason in bank.retired.items()
     }
     skipped = [*(training.skipped | dict(unread)).items(), *tested.skipped]
-    return Outcome(tested.indices, results, probes, skipped, diverged)
+    kept = {name: asdict(anchors[name]) for name in chosen if name in anchors}
+    return Outcome(tested.indices, results, probes, skipped, diverged, kept)
+
+
+def _fall(specs: Sequence[ProbeSpec], losses: Mapping[ProbeSpec, np.ndarray], num_classes: int) -> dict[str, Any]:
+    """How far the held-out loss of a result's probes still fell, and whether they count as converged."""
+    if not losses:
+        return {}
+    halfway, end = np.stack([losses[spec] for spec in specs], axis=1)
+    share, steep = fall(halfway, end, math.log(num_classes))
+    return {"loss_fall": share, "converged": not steep}
 
 
 def _unread(data: LabelledData, which: str, skipped: list[tuple[str, str]]) -> UserError:
@@ -128,9 +161,7 @@ def _feeds(
     parts = {"train": plan.data.train, "test": plan.data.test}
     size = plan.protocol.batch_size
     if plan.protocol.method == "bank":
-        train, test = (
-            ImageFeed(frozen, part, size, plan.augmentation, plan.seed, plan.workers) for part in parts.values()
-        )
+        train, test = (ImageFeed(frozen, part, size, plan.augmentation, plan.workers) for part in parts.values())
         return train, test
     made_of = {key: plan.manifest[key] for key in ("transform", "dtype", "forward_dtype")}
     made_of["weights"] = plan.manifest["model"]["weights_sha256"]

@@ -25,7 +25,7 @@ class ProbeSpec:
         optimizer: "lars", "sgd" or "adamw".
         learning_rate: the highest of the schedule.
         weight_decay: the optimiser's.
-        seed: of the initial weights.
+        seed: of the initial weights, and of the order and the crops of the images that it is trained on.
     """
 
     aggregator: str

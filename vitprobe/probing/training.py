@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -21,84 +22,131 @@ from vitprobe.errors import UserError
 from vitprobe.files import write_atomically
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.feeds import Feed
+from vitprobe.probing.inputs import Inputs
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.scores import TOP, correct
 
 SAVE_SECONDS = 20.0  # between two savings of a training: what a kill loses at most, and little beside what saving takes
+_HALFWAY = "heldout_losses_halfway"
 
 
 @dataclass
 class Training:
-    """A bank on its way through the epochs.
+    """A bank on its way through its steps: each seed on images in an order, and with crops, of its own.
+
+    The images of a seed pass through the frozen model in batches. `pool` batches of each seed are kept at once; from
+    them, mixed, the seed takes `echoes` steps a batch before they give way to the next (data echoing, Choi et al.,
+    arXiv 1907.05550). No image that one seed reads is read by another in the same form, and with as many echoes as
+    there are seeds all of them take the passes of one.
 
     Attributes:
         bank: the probes.
         feed: gives the tokens of training images.
         positions: of the images to train on.
-        epochs: passes over them.
+        steps: optimiser steps.
         batch_size: images a step.
-        seed: of the order.
         path: where the state is saved.
         claim: called before it is.
-        batches: batches done so far, of all epochs.
+        echoes: steps for each batch that a seed reads.
+        pool: batches of each seed that are mixed.
+        watched: positions of held-out images, on which losses are taken half way and at the end.
+        batches: steps done so far.
         skipped: name and reason of each image that could not be read.
+        halfway: each probe's loss on each watched image after half of the steps; NaN for a retired one.
     """
 
     bank: Bank
     feed: Feed
     positions: Sequence[int]
-    epochs: int
+    steps: int
     batch_size: int
-    seed: int
     path: Path
     claim: Callable[[], Any]
+    echoes: int = 1
+    pool: int = 1
+    watched: Sequence[int] = ()
     batches: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def a_pass(self) -> int:
-        """Batches of an epoch; images beyond the last whole one wait for another epoch's order."""
-        return steps_of_a_pass(len(self.positions), self.batch_size)
+    halfway: Float[Tensor, "probe image"] | None = None
 
     @property
     def images(self) -> int:
-        """Images of all epochs."""
-        return self.epochs * self.a_pass * min(self.batch_size, len(self.positions))
+        """Images, each with one crop, that all seeds read together."""
+        return self._read_in(0, -(-self.steps // self.echoes))
 
     @property
     def images_done(self) -> int:
-        """Images of the batches done so far."""
-        return self.batches * min(self.batch_size, len(self.positions))
+        """Those of the pools before the one that is next."""
+        return self._read_in(0, self.batches // (self.pool * self.echoes) * self.pool)
+
+    def _read_in(self, first: int, last: int) -> int:
+        return len(self.bank.seeds) * (last - first) * min(self.batch_size, len(self.positions))
 
     def run(self, progress: Callable[[int], Any]) -> None:
         """Train to the end from where it stands.
 
         Args:
-            progress: called with the number of images of each batch.
+            progress: called with the number of images of each batch that is read.
 
         Raises:
             UserError: where every probe diverged, or the disk is full.
         """
         saved = time.monotonic()
-        while self.batches < self.epochs * self.a_pass:
-            epoch, first = divmod(self.batches, self.a_pass)
-            order = shuffled(self.positions, self.seed, epoch)
-            rest = order[first * self.batch_size : self.a_pass * self.batch_size]
-            for fed in self.feed(rest, epoch):
-                self.skipped |= dict(fed.skipped)
-                if len(fed.indices) > 1:  # one image has no deviation to normalise by
-                    self.bank.train_step(fed.tokens, fed.labels)
+        while self.batches < self.steps:
+            number, done = divmod(self.batches, self.pool * self.echoes)
+            first = number * self.pool
+            count = min(self.pool, -(-self.steps // self.echoes) - first)
+            pools = {seed: self._read(seed, first, count, progress) for seed in self.bank.seeds}
+            for step in range(done, min(count * self.echoes, self.steps - first * self.echoes)):
+                drawn = {
+                    seed: _drawn(inputs, labels, count, step, [seed, number])
+                    for seed, (inputs, labels) in pools.items()
+                }
+                if min(len(labels) for _, labels in drawn.values()) > 1:  # one image has no deviation to normalise by
+                    self.bank.train_step(
+                        {seed: inputs for seed, (inputs, _) in drawn.items()},
+                        {seed: labels for seed, (_, labels) in drawn.items()},
+                    )
                 self.batches += 1
-                progress(fed.count)
+                if self.batches == self.steps // 2 and self.bank.step:
+                    self.halfway = heldout_losses(self.bank, self.feed, self.watched)
                 if time.monotonic() - saved > SAVE_SECONDS:
                     self.save()
                     saved = time.monotonic()
         self.save()
 
+    def _read(self, seed: int, first: int, count: int, progress: Callable[[int], Any]) -> tuple[Inputs, Tensor]:
+        """So many of a seed's batches from one on, together, with the images' classes."""
+        parts, labels = [], []
+        a_pass = steps_of_a_pass(len(self.positions), self.batch_size)
+        while count:
+            epoch, begin = divmod(first, a_pass)
+            here = min(count, a_pass - begin)  # images beyond the last whole batch wait for another epoch's order
+            order = shuffled(self.positions, seed, epoch)
+            for fed in self.feed(order[begin * self.batch_size : (begin + here) * self.batch_size], (seed, epoch)):
+                self.skipped |= dict(fed.skipped)
+                if fed.indices:
+                    parts.append(self.bank.read(fed.tokens))
+                    labels.append(fed.labels)
+                progress(fed.count)
+            first, count = first + here, count - here
+        if not parts:
+            return Inputs({}, {}), torch.zeros(0, dtype=torch.int64)
+        return Inputs.joined(parts), torch.cat(labels)
+
+    def watched_losses(self) -> dict[ProbeSpec, Float[np.ndarray, "2 image"]]:
+        """The loss of each live probe on each watched image, half way and now; empty where half way none was taken."""
+        if self.halfway is None or not self.halfway.shape[1]:
+            return {}
+        both = torch.stack([self.halfway, heldout_losses(self.bank, self.feed, self.watched)], dim=1).double().numpy()
+        return {spec: both[number] for number, spec in enumerate(self.bank.specs) if spec not in self.bank.retired}
+
     def save(self) -> None:
         """Write the state, atomically."""
         state = self.bank.state_dict()
         tensors = {name: tensor.contiguous().cpu() for name, tensor in state.pop("tensors").items()}
+        if self.halfway is not None:
+            tensors[_HALFWAY] = self.halfway
         words = json.dumps({**state, "batches": self.batches, "skipped": self.skipped})
         self.claim()
         write_atomically(self.path, save(tensors, metadata={"training": words}))
@@ -118,7 +166,31 @@ class Training:
         except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
             raise UserError(f"{self.path} cannot be read ({error}); start anew with --overwrite") from None
         self.batches, self.skipped = words.pop("batches"), words.pop("skipped")
+        self.halfway = tensors.pop(_HALFWAY, None)
         self.bank.load_state_dict({**words, "tensors": tensors})
+
+
+def _drawn(inputs: Inputs, labels: Tensor, count: int, step: int, key: list[int]) -> tuple[Inputs, Tensor]:
+    """What one step reads of a pool of `count` batches: once every `count` steps the pool is shuffled and cut anew."""
+    if count == 1:
+        return inputs, labels
+    echo, part = divmod(step, count)
+    order = np.random.default_rng([*key, echo]).permutation(len(labels))
+    rows = torch.from_numpy(np.array_split(order, count)[part]).to(labels.device)
+    return inputs.pick(rows), labels[rows]
+
+
+@torch.no_grad()
+def heldout_losses(bank: Bank, feed: Feed, positions: Sequence[int]) -> Float[Tensor, "probe image"]:
+    """The cross-entropy of each probe on each of these images that can be read; NaN for a retired probe."""
+    parts = []
+    for fed in feed(positions):
+        if fed.indices:
+            losses = torch.full((len(bank.specs), len(fed.indices)), torch.nan)
+            for spec, scores in bank.logits(fed.tokens).items():
+                losses[bank.specs.index(spec)] = F.cross_entropy(scores, fed.labels, reduction="none").cpu()
+            parts.append(losses)
+    return torch.cat(parts, dim=1) if parts else torch.zeros(len(bank.specs), 0)
 
 
 def steps_of_a_pass(num_images: int, batch_size: int) -> int:

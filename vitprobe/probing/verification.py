@@ -21,6 +21,7 @@ from vitprobe.errors import UserError
 from vitprobe.files import disk_errors, write_atomically
 from vitprobe.probing.scores import mean_per_class
 from vitprobe.probing.tap import Tap
+from vitprobe.probing.trained import in_words, shortfalls
 from vitprobe.probing.uncertainty import Components, Interval, components, holm
 from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
 
@@ -135,6 +136,19 @@ class Verification:
             f"differences are paired, p-values two-sided, p_holm adjusted for all rows."
         )
 
+    @property
+    def warnings(self) -> list[str]:
+        """Which probes are not trained to their end, a line each; see `vitprobe.probing.trained`."""
+        return [line for result in self.results for line in shortfalls(result.name, *self._training(result))]
+
+    def anchor(self, name: str) -> float | None:
+        """The accuracy of logistic regression on the vectors of a trained result; None where there is none."""
+        found = self.manifest.get("anchors", {}).get(name)
+        return None if found is None else found["accuracy"]
+
+    def _training(self, result: Result) -> tuple[float, float | None, Mapping[str, Any]]:
+        return float(result.top1.mean()), self.anchor(result.name), result.hyperparameters
+
     def _estimate(self, measure: str) -> Components:
         if measure not in MEASURES:
             raise UserError(f"no measure {measure!r}; give one of {', '.join(MEASURES)}")
@@ -151,7 +165,10 @@ class Verification:
         over gap where there is none; NaN without either), top5, mean_per_class, gain_over (label of what gains are
         over), p_value (two-sided, of no gain), p_holm (adjusted for all gains of the table), seeds, images, interval
         (what intervals are over: "images and seeds"; "images" where there is one seed), one column per selected
-        hyperparameter, model, weights (the first digits of their sha256: all numbers are conditional on them).
+        hyperparameter, anchor (accuracy of logistic regression on the same vectors, where the aggregator has no
+        weights; of trained protocols), loss_fall and converged (of learned aggregators; see
+        `vitprobe.probing.trained`), model, weights (the first digits of their sha256: all numbers are conditional on
+        them).
 
         Args:
             measure: what accuracy and gain are of: "top1", "top5" or "mean_per_class".
@@ -192,6 +209,8 @@ class Verification:
         )
         selected = pd.DataFrame([dict(result.hyperparameters) for result in self.results], index=table.index)
         table = pd.concat([table, selected], axis=1)
+        if self.manifest.get("anchors"):
+            table["anchor"] = np.array([self.anchor(result.name) for result in self.results], dtype=float)
         table["model"], table["weights"] = self.name, (self.manifest["model"]["weights_sha256"] or "")[:12]
         return table
 
@@ -289,13 +308,15 @@ class Verification:
         return f"Verification({self.name!r}, {len(self.results)} aggregators, {self.num_images} images)"
 
     def __str__(self) -> str:
-        """The table in percent, and what it is conditional on."""
-        return f"{self._percents().to_string(index=False)}\n\n{self.conditions}"
+        """The table in percent, what it is conditional on, and which probes are not trained to their end."""
+        warnings = "".join(f"\nwarning: {warning}" for warning in self.warnings)
+        return f"{self._percents().to_string(index=False)}\n\n{self.conditions}{warnings}"
 
     def _repr_html_(self) -> str:
         """For notebooks: the same."""
         title, words = html.escape(self.name), html.escape(self.conditions)
-        return f"<h4>{title}</h4>{self._percents().to_html(index=False, border=0)}<p>{words}</p>"
+        warnings = "".join(f"<p>warning: {html.escape(warning)}</p>" for warning in self.warnings)
+        return f"<h4>{title}</h4>{self._percents().to_html(index=False, border=0)}<p>{words}</p>{warnings}"
 
     def _percents(self) -> pd.DataFrame:
         table = self.table()
@@ -317,8 +338,14 @@ class Verification:
                 "gain, points [95 %]": gains,
                 "p (Holm)": p_holm,
                 "mean per class, %": (100 * table["mean_per_class"]).map("{:.2f}".format),
+                **self._trained(),
             }
         )
+
+    def _trained(self) -> dict[str, list[str]]:
+        """A column that says which probes are not trained to their end, where there is one."""
+        words = [in_words(*self._training(result)) for result in self.results]
+        return {"trained": [word or "yes" for word in words]} if any(words) else {}
 
 
 def _rows(found: Interval, rows: Sequence[int], count: int) -> Interval:

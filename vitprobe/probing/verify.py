@@ -46,6 +46,7 @@ def verify(
     device: Any = None,
     workers: int | None = None,
     seed: int = 0,
+    independent_seeds: bool = False,
     out: str | Path | None = None,
     overwrite: bool = False,
     resume: bool = False,
@@ -54,9 +55,9 @@ def verify(
     """Train light probes on a model's frozen tokens and measure what each way of aggregating them gives.
 
     The question is the paper's ("Beyond [cls]", arXiv 2412.03215): would selective aggregation of the patch tokens
-    represent an image better than [cls] does? All probes see the same images in the same order, so that differences
-    are paired. Learning rates are selected on a slice held out from the training images; the test images select
-    nothing.
+    represent an image better than [cls] does? All probes of a seed see the same crops of the same images in the same
+    order, so that differences are paired; seeds differ in all of that and in initial weights. Learning rates are
+    selected on a slice held out from the training images; the test images select nothing.
 
     Args:
         model: anything that `load_model` takes.
@@ -78,6 +79,9 @@ def verify(
         device: "cpu", "cuda", …; a CUDA GPU where there is one without.
         workers: processes that read images; chosen for the machine without.
         seed: of orders, crops, the held-out slice and initial weights.
+        independent_seeds: let each seed make all passes over the images by itself, instead of taking several steps for
+            each batch that it reads; takes as many times the passes through the model as there are seeds. For protocols
+            that train on images.
         out: the run's folder: `manifest.json`, `accuracy.csv`, per-image correctness, the selected probes as
             safetensors. Without it nothing stays on the disk.
         overwrite: replace a run that is there already.
@@ -88,6 +92,8 @@ def verify(
         UserError: for bad input, in one line; nothing is written then.
     """
     settled = find_protocol(protocol)
+    if independent_seeds:
+        settled = settled.independent()
     check_whole(workers=(workers, 0), seed=(seed, 0))
     check_resume(resume, overwrite, out)
     if resume and has_loader(data):
@@ -119,6 +125,7 @@ def verify(
         "norm": norm,
         "workers": workers,
         "seed": seed,
+        "independent_seeds": independent_seeds,
         "out": shown(out),
         "overwrite": overwrite,
         "resume": resume,
@@ -185,6 +192,7 @@ def _carry_out(plan: Plan, folder: Path, claim: Callable[[], Any], progress: boo
         "status": "complete",
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "diverged": outcome.diverged,
+        "anchors": outcome.anchors,
         "undefined": plan.manifest["undefined"] | {name: "diverged at every learning rate" for name in sorted(lost)},
     }
     manifest["data"] = {
