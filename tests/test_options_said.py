@@ -21,6 +21,7 @@ from vitprobe.models.building import architecture_of, outline
 from vitprobe.probing.verify import verify
 from vitprobe.profile.analysis import analyze
 from vitprobe.profile.profile import Profile
+from vitprobe.profile.values import SHARD_FOLDER, SHARDS
 
 FEW = {"statistics": ["cls_entropy"], "device": "cpu"}
 
@@ -77,7 +78,7 @@ def unfinished(tmp_path: Path) -> Path:
     assert manifest["data"]["images"] == 100
     manifest["status"] = "interrupted"
     (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
-    last = sorted((tmp_path / "run" / "shards").iterdir())[-1]
+    last = sorted((tmp_path / "run" / SHARD_FOLDER).glob(SHARDS))[-1]
     last.unlink()
     return tmp_path / "run"
 
@@ -102,7 +103,7 @@ def test_the_title_of_an_unfinished_table(tmp_path: Path) -> None:
     assert ", 64 of 100 images; mean over heads" in profile_table(Profile.load(unfinished(tmp_path)))
 
 
-@pytest.mark.parametrize("name", ["vit_base", "vit_larg", "vit_base_patch16", "beit_base", "deit", "vitb16", "dinov3"])
+@pytest.mark.parametrize("name", ["vit_base", "vit_larg", "vit_base_patch16", "beit_base", "deit", "vit_base16", "dinov3"])
 def test_suggested_models_can_be_analysed(name: str) -> None:
     with pytest.raises(UserError) as caught:
         architecture_of(name)
