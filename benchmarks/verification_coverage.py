@@ -21,14 +21,13 @@ SPREADS = {0.0: "nothing", 0.05: "little", 0.2: "much"}
 
 def main() -> None:
     """Simulate, and write the page."""
-    page = PAGE.read_text(encoding="utf-8")
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
     started = time.monotonic()
     with ProcessPoolExecutor(2) as pool:
         outcomes = list(pool.map(partial(simulate, runs=RUNS), (*GRID, *CLASS_GRID)))
     print(f"{(time.monotonic() - started) / 60:.1f} minutes")
     tables = "\n".join((*_over_images(outcomes[: len(GRID)]), *_over_classes(outcomes[len(GRID) :])))
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}", encoding="utf-8")
 
 

@@ -22,10 +22,10 @@ from vitprobe.probing.bank import Bank
 from vitprobe.probing.feeds import Fed, ImageFeed
 from vitprobe.probing.inputs import Inputs
 from vitprobe.probing.probe import ProbeSpec
-from vitprobe.probing.resampling import resample
 from vitprobe.probing.scores import correct
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.training import Training
+from vitprobe.probing.uncertainty import components
 
 LAYOUT, TAP, DIM, CLASSES = TokenLayout((2, 2), has_cls=True), Tap(0), 8, 4
 CENTERS = torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(5))
@@ -197,7 +197,7 @@ def _always_seed_0(patched: pytest.MonkeyPatch) -> Any:
 
 
 def test_gains_of_runs_that_differ_in_orders_and_crops_lie_in_each_others_intervals(runs: list[np.ndarray]) -> None:
-    intervals = [resample(found, draws=2000).differences([1, 2], [0, 0]) for found in runs]
+    intervals = [components(found).differences([1, 2], [0, 0]) for found in runs]
     inside = [
         (mine.low <= other.value) & (other.value <= mine.high)
         for mine in intervals

@@ -173,10 +173,11 @@ def components(
             class. Without, every image counts the same.
     """
     _, num_seeds, num_images = right.shape
+    classes = np.zeros(num_images, dtype=np.intp) if labels is None else labels
     # A class of one image says nothing of how images of a class differ. It is taken to vary as the others do on
     # average; where every class has one, the mean over classes is the accuracy, and so is its interval.
-    whole = labels is None or len(np.unique(labels)) == num_images
-    classes = np.zeros(num_images, dtype=np.intp) if whole or labels is None else labels
+    if len(np.unique(classes)) == num_images:
+        classes = np.zeros_like(classes)
     order = np.argsort(classes, kind="stable")
     _, starts, counts = np.unique(classes[order], return_index=True, return_counts=True)
     weight = 1 / (counts * len(counts) ** 2)  # of the variance of a class's images in that of the accuracy
