@@ -86,7 +86,6 @@ def test_tensors_loaders_arrays_and_tiffs_are_analysed_alike(tmp_path: Path, cha
         [0.1 * (k % 5) for k in range(channels)],
         [0.2 + 0.05 * k for k in range(channels)],
     )
-    several = [bands(channels, seed, side=32) for seed in range(3)]
     pixels = np.stack([(x.astype(np.float64) / 255 - mean) / std for x in several]).transpose(0, 3, 1, 2)
     tensor = torch.from_numpy(pixels).float()
     expected = analyze(model, tensor, **FEW).values.read("cls_entropy")

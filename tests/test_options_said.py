@@ -104,7 +104,7 @@ def test_the_title_of_an_unfinished_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vit_base", "vit_larg", "vit_base_patch16", "beit_base", "deit", "vit_base16", "dinov3"]
+    "name", ["vit_base", "vit_larg", "vit_base_patch16", "beit_base", "vit_base16", "dinov3"]
 )
 def test_suggested_models_can_be_analysed(name: str) -> None:
     with pytest.raises(UserError) as caught:
