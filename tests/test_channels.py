@@ -81,11 +81,8 @@ def test_channels_of_patches_that_a_linear_map_embeds() -> None:
 @pytest.mark.parametrize("channels", COUNTS)
 def test_tensors_loaders_arrays_and_tiffs_are_analysed_alike(tmp_path: Path, channels: int) -> None:
     """The reference normalises by hand, and no picture is resized: all four ways must give the same numbers."""
-    model, mean, std = (
-        vit(channels),
-        [0.1 * (k % 5) for k in range(channels)],
-        [0.2 + 0.05 * k for k in range(channels)],
-    )
+    model, several = vit(channels), [bands(channels, seed, side=32) for seed in range(3)]
+    mean, std = [0.1 * (k % 5) for k in range(channels)], [0.2 + 0.05 * k for k in range(channels)]
     pixels = np.stack([(x.astype(np.float64) / 255 - mean) / std for x in several]).transpose(0, 3, 1, 2)
     tensor = torch.from_numpy(pixels).float()
     expected = analyze(model, tensor, **FEW).values.read("cls_entropy")
