@@ -81,12 +81,8 @@ def test_channels_of_patches_that_a_linear_map_embeds() -> None:
 @pytest.mark.parametrize("channels", COUNTS)
 def test_tensors_loaders_arrays_and_tiffs_are_analysed_alike(tmp_path: Path, channels: int) -> None:
     """The reference normalises by hand, and no picture is resized: all four ways must give the same numbers."""
-    model, mean, std = (
-        vit(channels),
-        [0.1 * (k % 5) for k in range(channels)],
-        [0.2 + 0.05 * k for k in range(channels)],
-    )
-    several = [bands(channels, seed, side=32) for seed in range(3)]
+    model, several = vit(channels), [bands(channels, seed, side=32) for seed in range(3)]
+    mean, std = [0.1 * (k % 5) for k in range(channels)], [0.2 + 0.05 * k for k in range(channels)]
     pixels = np.stack([(x.astype(np.float64) / 255 - mean) / std for x in several]).transpose(0, 3, 1, 2)
     tensor = torch.from_numpy(pixels).float()
     expected = analyze(model, tensor, **FEW).values.read("cls_entropy")
@@ -253,13 +249,14 @@ def test_what_is_normalised_already_takes_no_preparation() -> None:
     for data in (pixels, list(pixels), DataLoader(TensorDataset(pixels))):
         for options, words in (
             ({"mean": 0.5, "std": 0.5}, "leave mean and std out"),
-            ({"transform": "paper"}, "leave transform='paper' out"),
             ({"img_size": 64}, "img_size is 64×64 and the tensors have 32×32 pixels"),
         ):
             model = tiny_vit(in_chans=6, dynamic_img_size=True)
             with pytest.raises(UserError) as caught:
                 analyze(model, data, **options, **FEW)
             assert words in message(caught)
+        (said,) = analyze(vit(6), data, transform="paper", **FEW).remarks
+        assert said.startswith("transform='paper' is for pictures: ")
     with pytest.raises(UserError, match=r"has the shape \(2, 3, 32, 32\), and the model takes \(n, 6, height, width\)"):
         analyze(vit(6), torch.randn(2, 3, 32, 32), **FEW)
     with pytest.raises(UserError, match=r"a batch is a float tensor \(n, 6, height, width\)"):

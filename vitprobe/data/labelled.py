@@ -174,10 +174,10 @@ def _parts(data: Any) -> Parts:
     path = path_of(data)
     name = printable(path.resolve().name)
     if path.is_dir():
-        test = _place(path, TEST_NAMES)
+        train, test = _place(path, ("train",)), _place(path, TEST_NAMES)
         others = [other for other in TEST_NAMES if other != test.stem and (path / other).exists()]
         said = [f"{name} has {other}/ too, which is not used: {test.name} is tested on" for other in others]
-        return Parts(name, _one_part(_place(path, ("train",))), _one_part(test), said)
+        return Parts(name, _one_part(train), _one_part(test), said)
     if path.is_file() and path.suffix.lower() in TABLES:
         return table_parts(path)
     if path.is_file() and path.suffix == ".tar":

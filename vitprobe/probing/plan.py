@@ -186,7 +186,9 @@ def _require_prepared(data: LabelledData, model: LoadedModel, mean: Sequence[flo
             f"folder, files)"
         )
     for images in (part.images for part in (data.train, data.test) if part.images.normalised):
-        size = tuple(getattr(images.read(0), "shape", ())[-2:])
+        pixels = images.read(0)
+        assert isinstance(pixels, torch.Tensor)  # as what is normalised already is
+        size = (pixels.shape[-2], pixels.shape[-1])
         if size != model.transform.size:
             came, takes = ("×".join(map(str, pixels)) for pixels in (size, model.transform.size))
             raise UserError(

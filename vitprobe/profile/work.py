@@ -152,6 +152,8 @@ def _unheeded(images: Images, arguments: dict[str, Any]) -> list[str]:
     said = []
     if (arguments["batch_size"] or 0) > SHARD_IMAGES:
         said.append(f"batch_size {arguments['batch_size']}: a batch is cut at the {SHARD_IMAGES} images of a shard")
+    if images.normalised and arguments["transform"] == "paper":
+        said.append(f"transform='paper' is for pictures: {images.source} is taken as it is")
     if isinstance(images, LoaderImages) and arguments["workers"] is not None:
         said.append("workers are those of the DataLoader (num_workers)")
     if isinstance(images, StreamImages) and arguments["num_images"] is not None:
@@ -160,13 +162,11 @@ def _unheeded(images: Images, arguments: dict[str, Any]) -> list[str]:
 
 
 def _require_unprepared(images: Images, arguments: dict[str, Any]) -> None:
-    """Raises a UserError where a preparation is asked for of images that are taken as they are."""
-    asked = [name for name in ("mean", "std") if arguments[name] is not None]
-    asked += ["transform='paper'"] * (arguments["transform"] == "paper")
-    if asked:
+    """Raises a UserError where a normalisation is asked for of images that are taken as they are."""
+    if arguments["mean"] is not None:
         raise UserError(
-            f"{images.source} is taken as normalised for the model already: leave {' and '.join(asked)} out, or give "
-            f"pictures (a folder, files, PIL images)"
+            f"{images.source} is taken as normalised for the model already: leave mean and std out, or give pictures "
+            f"(a folder, files, PIL images)"
         )
 
 
