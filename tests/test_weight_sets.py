@@ -241,7 +241,17 @@ def test_keys_are_for_files(tmp_path):
 
 def test_the_choice_is_printed_and_kept(tmp_path):
     path, out = save(SETS["timm"], tmp_path / "file.pth"), tmp_path / "out"
-    options = ["analyze", "--checkpoint", str(path), "--arch", ARCH, "--num-images", "2", "--statistic", "cls_to_cls"]
+    options = [
+        "analyze",
+        "--checkpoint",
+        str(path),
+        "--arch",
+        ARCH,
+        "--num-images",
+        "2",
+        "--statistic",
+        "cls_to_patches",
+    ]
     told = CliRunner().invoke(main, [*options, "--out", str(out)])
     note = "took the weights state_dict_ema; the file also holds state_dict (choose with --weights-key state_dict)"
     assert told.exit_code == 0, told.output
@@ -355,7 +365,10 @@ def test_adapters_are_merged_first(tmp_path):
 def test_safetensors_have_sets_by_prefix_too(tmp_path):
     from safetensors.torch import save_file
 
-    save_file(SETS["lightly DINO"], path := tmp_path / "file.safetensors")
+    save_file(
+        {**under("student_backbone.vit.", OTHER), **under("teacher_backbone.vit.", GOOD)},
+        path := tmp_path / "file.safetensors",
+    )
     assert is_good(load_model(path, arch=ARCH))
     assert not is_good(load_model(path, arch=ARCH, weights_key="student_backbone"))
     with pytest.raises(UserError, match=r"there are student_backbone\.vit, teacher_backbone\.vit"):

@@ -69,7 +69,7 @@ def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """All that a model's outputs depend on, by name: first what `state_dict` has, in the order of the names."""
-    state = module.state_dict()
+    state = module.state_dict(keep_vars=True)  # of which a copy would lose what its class holds
     yield from sorted(state.items())
     kept = {_place(value) for value in state.values()} - {None}
     unsaved: dict[str, Any] = {
@@ -94,61 +94,58 @@ def _place(value: Any) -> tuple[int, int] | None:
 
 def _add(digest: Any, name: Any, value: Any, depth: int = _DEPTH) -> None:
     """Add a value under a name, every part of it so that no two different values are written alike."""
-
-    def header(*words: Any) -> None:
-        text = json.dumps([name, *words])
-        digest.update(f"{len(text)}:{text}".encode())
-
-    def parts(kind: str, named: Mapping[str, Any]) -> None:
-        header(kind, list(named))
-        for key, part in named.items():
-            _add(digest, [name, key], part, depth - 1)
-
     if depth == 0:
         raise _UnknownError(type(value).__qualname__)
+    inner = _inside(value) if isinstance(value, Tensor) else _parts(value)
+    if inner is not None:
+        _write(digest, [name, _class_of(value), *(value.shape if isinstance(value, Tensor) else ()), list(inner)])
+        for key, part in inner.items():
+            _add(digest, [name, key], part, depth - 1)
+        return
+    words, content = _leaf(value)
+    _write(digest, [name, *words])
+    digest.update(content)
+
+
+def _write(digest: Any, words: list[Any]) -> None:
+    text = json.dumps(words)
+    digest.update(f"{len(text)}:{text}".encode())
+
+
+def _leaf(value: Any) -> tuple[list[Any], Any]:
+    """A value without parts: what it is, in words, and its bytes."""
     if isinstance(value, Tensor):
-        inner = _inside(value)
-        if inner is None:
-            plain = value.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
-            header(str(value.dtype), list(value.shape))
-            digest.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            parts(f"{type(value).__qualname__} {list(value.shape)}", inner)
-    elif value is None or isinstance(value, bool | int | float | str):
-        header("value", type(value).__name__, repr(value))
-    elif isinstance(value, _WORDS):
+        plain = value.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
+        content = plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return [str(value.dtype), list(value.shape)], content
+    if value is None or isinstance(value, bool | int | float | str):
+        return ["value", type(value).__name__, repr(value)], b""
+    if isinstance(value, _WORDS):
         # Where weights lie is no part of them.
-        header("value", type(value).__name__, "" if isinstance(value, torch.device) else str(value))
-    elif isinstance(value, bytes | bytearray | io.BytesIO):
+        return ["value", type(value).__name__, "" if isinstance(value, torch.device) else str(value)], b""
+    if isinstance(value, bytes | bytearray | io.BytesIO):
         content = value.getvalue() if isinstance(value, io.BytesIO) else bytes(value)
-        header("bytes", len(content))
-        digest.update(content)
-    elif isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
-        header("array", str(value.dtype), list(value.shape))
-        digest.update(np.ascontiguousarray(value).tobytes())
-    elif isinstance(value, torch.ScriptObject):
-        parts(_class_of(value), {"state": _unpacked(value)})
-    elif isinstance(value, Mapping):
-        pairs = list(value.items())  # in their order, which may mean something
-        parts(
-            "mapping",
-            {
-                f"{kind} {number}": pair[kind == "value"]
-                for number, pair in enumerate(pairs)
-                for kind in ("key", "value")
-            },
-        )
-    elif isinstance(value, list | tuple):
-        parts(type(value).__qualname__, {str(number): part for number, part in enumerate(value)})
-    elif isinstance(value, functools.partial):
-        parts("partial", {"function": value.func, "arguments": value.args, "options": value.keywords})
-    elif isinstance(value, type | types.BuiltinFunctionType) or _at_the_top(value):
-        header("name", f"{value.__module__}.{value.__qualname__}")  # type: ignore[union-attr]
-    elif dataclasses.is_dataclass(value):
-        named = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
-        parts(type(value).__qualname__, named)
-    else:
-        raise _UnknownError(_class_of(value))
+        return ["bytes", len(content)], content
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        return ["array", str(value.dtype), list(value.shape)], np.ascontiguousarray(value).tobytes()
+    if isinstance(value, type | types.BuiltinFunctionType) or _at_the_top(value):
+        return ["name", f"{value.__module__}.{value.__qualname__}"], b""
+    raise _UnknownError(_class_of(value))
+
+
+def _parts(value: Any) -> dict[str, Any] | None:
+    """What a value that is no tensor is made of, by name; None of one without parts."""
+    if isinstance(value, torch.ScriptObject):
+        return {"state": _unpacked(value)}
+    if isinstance(value, Mapping):  # in its order, which may mean something
+        return {"keys": list(value.keys()), "values": list(value.values())}
+    if isinstance(value, list | tuple):
+        return {str(number): part for number, part in enumerate(value)}
+    if isinstance(value, functools.partial):
+        return {"function": value.func, "arguments": value.args, "options": value.keywords}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+    return None
 
 
 def _inside(tensor: Tensor) -> dict[str, Any] | None:
