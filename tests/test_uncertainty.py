@@ -250,13 +250,16 @@ def test_images_alone_would_hold_it_too_rarely(monkeypatch):
 
 
 @pytest.mark.slow
-def test_intervals_hold_the_truth_in_every_setting_of_the_docs():
-    """Bounds as in docs/verification.md; where a handful of images decides, coverage cannot be exact."""
-    for setting in (*GRID, *CLASS_GRID):
-        found = simulate(setting, 2000, seed=1)
-        for share in (found.accuracy, found.gain):
-            assert share > 0.915, setting
-            assert share < 0.985 or setting.images * (1 - setting.accuracy) < 10, setting
+@pytest.mark.parametrize("setting", (*GRID, *CLASS_GRID))
+def test_intervals_hold_the_truth_in_every_setting_of_the_docs(setting):
+    """93 to 97.5 %, and three standard errors of 2,000 runs; where three images are wrong coverage cannot be exact."""
+    found = simulate(setting, 2000, seed=1)
+    assert 0.93 - 0.017 < found.accuracy < 0.975 + 0.01
+    if setting.images * (1 - setting.accuracy) > 5:
+        assert 0.93 - 0.017 < found.gain < 0.975 + 0.01
+        assert 0.025 - 0.01 < found.rejected < 0.07 + 0.017
+    else:
+        assert found.gain > 0.89 and 0.003 < found.rejected < 0.05
 
 
 # --- Holm's method
