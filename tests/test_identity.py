@@ -243,7 +243,7 @@ def test_torchao():
         return model
 
     two_kinds(make, 1.0, 2.0)
-    assert vp.analyze(make(1.0), IMAGES, **ONE).table().shape[0] == 2
+    assert np.isfinite(vp.analyze(make(1.0), IMAGES, **ONE).table()["mean"]).all()
 
 
 # Only weights must be finite ------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
@@ -128,7 +129,13 @@ def _hub_weights(config: dict[str, Any]) -> tuple[str, ...]:
 def _built_by_hub(repository: str, make: Callable[..., nn.Module], folder: Path, img_size: ImageSize) -> nn.Module:
     """`build` or `outline` of what a repository's config.json describes."""
     try:
-        return make(f"local-dir:{folder}", img_size=img_size)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        with TemporaryDirectory() as clean:
+            if None in config.values():  # as transformers writes what it wraps; timm expects no such value
+                folder = Path(clean)
+                known = {name: value for name, value in config.items() if value is not None}
+                (folder / "config.json").write_text(json.dumps(known), encoding="utf-8")
+            return make(f"local-dir:{folder}", img_size=img_size)
     except UserError:
         raise
     except Exception as error:  # timm trusts its arguments

@@ -114,6 +114,7 @@ def _write(digest: Any, words: list[Any]) -> None:
 
 def _leaf(value: Any) -> tuple[list[Any], Any]:
     """A value without parts: what it is, in words, and its bytes."""
+    named: Any = value
     if isinstance(value, Tensor):
         plain = value.detach().as_subclass(Tensor).resolve_conj().resolve_neg()
         content = plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
@@ -129,7 +130,7 @@ def _leaf(value: Any) -> tuple[list[Any], Any]:
     if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
         return ["array", str(value.dtype), list(value.shape)], np.ascontiguousarray(value).tobytes()
     if isinstance(value, type | types.BuiltinFunctionType) or _at_the_top(value):
-        return ["name", f"{value.__module__}.{value.__qualname__}"], b""
+        return ["name", f"{named.__module__}.{named.__qualname__}"], b""
     raise _UnknownError(_class_of(value))
 
 
