@@ -57,6 +57,13 @@ def tiny_vit(**options: Any) -> VisionTransformer:
     return randomize(VisionTransformer(**(sizes | options))).eval()
 
 
+def stated_vit(**options: Any) -> VisionTransformer:
+    """`tiny_vit` that states how its images are prepared, so that no default is taken and none is said."""
+    model = tiny_vit(**options)
+    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
+    return model
+
+
 def tiny(name: str, **options: Any) -> nn.Module:
     """The architecture `name` of timm at two blocks of width 64, 4 heads; in eval mode."""
     if not timm.is_model(name):

@@ -46,7 +46,7 @@ def bands(channels: int, seed: int = 0, side: int = 40, dtype: type = np.uint8) 
 def vit(channels: int) -> nn.Module:
     """A tiny model whose pictures are not cropped."""
     model = tiny_vit(in_chans=channels)
-    model.pretrained_cfg = {"crop_pct": 1.0}
+    model.pretrained_cfg = {"crop_pct": 1.0, "interpolation": "bicubic"}
     return model
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers import images, message, tiny_vit
+from helpers import images, message, stated_vit, tiny_vit
 from vitprobe.bench import benchmark
 from vitprobe.cli import main
 from vitprobe.errors import UserError
@@ -45,8 +45,8 @@ def folder(tmp_path: Path) -> Path:
 def test_more_images_than_there_are(folder: Path, kind: str) -> None:
     pixels = images(3)
     data = {"folder": folder, "tensor": pixels, "loader": DataLoader(TensorDataset(pixels))}[kind]
-    assert analyze(tiny_vit(), data, num_images=500, **FEW).remarks == ["asked for 500 images; there are 3"]
-    assert analyze(tiny_vit(), data, num_images=3, **FEW).remarks == []
+    assert analyze(stated_vit(), data, num_images=500, **FEW).remarks == ["asked for 500 images; there are 3"]
+    assert analyze(stated_vit(), data, num_images=3, **FEW).remarks == []
 
 
 def test_a_verification_of_a_baseline_alone_says_why_it_draws_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import tifffile
 from click.testing import CliRunner
 from PIL import Image, features
 
-from helpers import tiny_vit
+from helpers import stated_vit
 from vitprobe.cli import main
 from vitprobe.data.bands import Wanted
 from vitprobe.data.decoding import EXTENSIONS, FORMATS, BadImageError
@@ -75,7 +75,7 @@ def test_hidden_files_are_left_out_and_the_rest_is_counted_and_named(tmp_path: P
     assert images.names == ["a.png", "more/b.png"]
     assert images.left_out.others == OTHERS
     assert len(images.left_out.hidden) == 7 and ".ipynb_checkpoints/" in images.left_out.hidden
-    profile = analyze(tiny_vit(), tmp_path / "x", **FEW)
+    profile = analyze(stated_vit(), tmp_path / "x", **FEW)
     (said,) = profile.remarks
     assert "left out: 3 files that are no pictures: labels.csv, more/clip.mp4, notes.txt; 7 hidden ones: " in said
     assert profile.manifest["data"]["left_out"] == [*OTHERS, *images.left_out.hidden]

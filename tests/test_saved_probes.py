@@ -227,4 +227,4 @@ def test_nothing_of_a_probe_says_where_or_how_it_was_made(verified: Any) -> None
     for path in folder.iterdir():
         with safe_open(path, framework="pt") as file:
             words = json.loads(file.metadata()["vitprobe_probe"])
-        assert set(words["arguments"]) == {"model", "checkpoint", "arch", "img_size", "mean", "std"}
+        assert set(words["arguments"]) == {"model", "checkpoint", "arch", "weights_key", "img_size", "mean", "std"}
