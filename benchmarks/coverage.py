@@ -77,6 +77,15 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return {line["model"]: line for line in map(json.loads, lines)}
 
 
+_WRITTEN_BY_HAND = "\n## Wrappers, orders of tokens"
+
+
+def _kept(page: Path) -> str:
+    """The last section of the page as it is, which no run makes: its rows name the tests that hold them."""
+    text = page.read_text() if page.exists() else ""
+    return text[text.index(_WRITTEN_BY_HAND) :] if _WRITTEN_BY_HAND in text else ""
+
+
 def main() -> int:
     """Run, write, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -100,7 +109,8 @@ def main() -> int:
         run([name for name in wanted if not _is_done(done.get(name, {}), limits)], path, arguments.depth, limits)
     results = read_results(path)
     if arguments.write is not None:
-        arguments.write.write_text(coverage_page([results[name] for name in wanted if name in results], len(wanted)))
+        page = coverage_page([results[name] for name in wanted if name in results], len(wanted))
+        arguments.write.write_text(page + _kept(arguments.write))
     failed = [name for name in wanted if not results.get(name, {}).get("passed")]
     for name in failed:
         print(f"{name}: {results.get(name, {}).get('failure', 'not run, or out of bound')}")
