@@ -157,6 +157,8 @@ def test_folders_that_are_none():
     )
     assert refusal("hf:./w/empty").startswith("the folder ./w/empty holds no config.json: give a folder that ")
     assert refusal("hf:./w/none") == "there is no folder ./w/none"
+    for name in ("./w/none", "w/none/none", "../none", "/none/none"):
+        assert refusal(name) == f"there is no file or folder {name}"
     assert refusal("local-dir:w/none") == "there is no folder w/none"
     Path("w/empty/config.json").write_text(json.dumps(vit().config.to_dict()))
     assert refusal("w/empty").startswith("the folder ./w/empty has no model.safetensors or ")

@@ -17,6 +17,7 @@ import vitprobe as vp
 from vitprobe.errors import UserError
 from vitprobe.models.identity import unidentified, weights_sha256
 from vitprobe.models.loading import load_model
+from vitprobe.probing import saved
 
 
 def vit(seed: int = 1, factor: float = 1.0) -> VisionTransformer:
@@ -215,6 +216,18 @@ def test_such_weights_are_analysed_but_not_resumed(tmp_path):
     ):
         vp.analyze(unknown(), list_of_images(tmp_path), out=tmp_path / "2", resume=True, **ONE)
     vp.analyze(unknown(), IMAGES, out=tmp_path, overwrite=True, **ONE)
+
+
+def test_a_probe_of_such_weights_says_why_it_cannot_be_loaded(monkeypatch, tmp_path):
+    words = {
+        "model": {"by_name": False, "weights_sha256": None, "name": "Unknown"},
+        "arguments": {"model": "Unknown", "checkpoint": None, "arch": None, "weights_key": None, "img_size": None},
+    }
+    monkeypatch.setattr(saved, "_read", lambda path: (words, {}))
+    with pytest.raises(
+        UserError, match=r"a\.safetensors was trained on weights that have no digest, so that no model can"
+    ):
+        vp.load_probe(tmp_path / "a.safetensors", unknown())
 
 
 def list_of_images(tmp_path):

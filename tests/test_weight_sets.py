@@ -23,6 +23,7 @@ from vitprobe.models.entries import BUNDLED_ARCHITECTURES
 from vitprobe.models.identity import weights_sha256
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model, require_loadable
+from vitprobe.probing import saved
 
 ARCH = "vit_micro"
 MICRO = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -265,6 +266,13 @@ def test_the_choice_is_printed_and_kept(tmp_path):
     told = CliRunner().invoke(main, ["analyze", "--model", "random_vit_nano", "--weights-key", "ema"])
     assert (told.exit_code, told.output.count("\n")) == (2, 1)
     assert "give --checkpoint FILE too" in told.output
+
+
+def test_a_saved_probe_knows_its_key(tmp_path):
+    path = save(SETS["timm"], tmp_path / "file.pth")
+    given = {"model": str(path), "checkpoint": None, "arch": ARCH, "img_size": None}
+    assert is_good(saved._load_model(given, None, None))  # one of before there were keys
+    assert not is_good(saved._load_model(given | {"weights_key": "state_dict"}, None, None))
 
 
 # Prefixes and infixes ------------------------------------------------------------------------------------------------

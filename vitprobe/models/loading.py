@@ -33,7 +33,7 @@ from vitprobe.models.from_hub import (
     require_repository,
     require_timm,
 )
-from vitprobe.models.hub import fetch_official, require_official
+from vitprobe.models.hub import fetch_official, names_one_of_the_hub, require_official
 from vitprobe.models.huggingface import PREFIX, require_huggingface
 from vitprobe.models.huggingface_images import describe_preprocessing
 from vitprobe.models.known import recall
@@ -204,7 +204,9 @@ def _looks_like_file(name: str) -> bool:
         return False
     if Path(name).is_file():
         return True
-    if "/" in name or "\\" in name:
+    if ("/" in name or "\\" in name) and not names_one_of_the_hub(name):
+        raise UserError(f"there is no file or folder {name}")
+    if "/" in name:
         raise UserError(
             f"there is no file {name}; for a repository of the Hugging Face hub write hf:{name} (a model of "
             f"transformers) or hf-hub:{name} (of timm)"
