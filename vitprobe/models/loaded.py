@@ -97,6 +97,11 @@ def with_transform(
     return replace(model, layout=model.anatomy.layout(transform.size), transform=transform, remarks=remarks)
 
 
+def without_transform(model: LoadedModel) -> LoadedModel:
+    """The model without remarks on its transform, which images that come as tensors do not pass."""
+    return replace(model, remarks=tuple(line for line in model.remarks if line not in model.transform.remarks))
+
+
 def _transform(
     anatomy: Anatomy,
     mode: str,

@@ -16,7 +16,7 @@ from vitprobe.data.augment import Augmentation
 from vitprobe.data.labelled import LabelledData, open_labelled
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.final_norm import find_final_norm
-from vitprobe.models.loaded import LoadedModel, with_transform
+from vitprobe.models.loaded import LoadedModel, with_transform, without_transform
 from vitprobe.models.loading import load_model
 from vitprobe.probing.heldout import held_out
 from vitprobe.probing.knn import fitting
@@ -128,9 +128,9 @@ def make_plan(
     loaded = load_model(model, checkpoint=checkpoint, arch=arch, weights_key=weights_key, img_size=img_size)
     loaded = with_transform(loaded, "model", loaded.transform.size, mean, std)
     labelled = opened.for_model(loaded.transform.wanted)
-    remarks = [*loaded.remarks, *labelled.remarks, *labelled.look_at(loaded.spec.name)]
+    remarks = [*labelled.remarks, *labelled.look_at(loaded.spec.name)]
     if labelled.normalised:
-        remarks = [line for line in remarks if line not in loaded.transform.remarks]
+        loaded = without_transform(loaded)
         _require_prepared(labelled, loaded, mean)
     undefined: dict[str, str] = {}
     taps = _taps(loaded, blocks, norm, protocol, undefined)
@@ -145,7 +145,6 @@ def make_plan(
         )
     manifest = new_manifest(loaded, chosen, arguments) | {
         "kind": KIND,
-        "remarks": [*remarks, *dropped],
         "protocol": protocol.describe(),
         "transform": loaded.transform.describe(),
         "layout": asdict(loaded.layout),
@@ -163,6 +162,7 @@ def make_plan(
             ),
         },
     }
+    manifest["remarks"] += [*remarks, *dropped]
     manifest["model"]["by_name"] = isinstance(model, str | Path)
     return Plan(
         loaded,

@@ -21,7 +21,7 @@ from vitprobe.data.sources import open_images
 from vitprobe.data.streams import StreamImages, iterate_stream
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
-from vitprobe.models.loaded import LoadedModel, with_transform
+from vitprobe.models.loaded import LoadedModel, with_transform, without_transform
 from vitprobe.models.loading import load_model
 from vitprobe.profile.arguments import size_of
 from vitprobe.profile.distributed import World
@@ -116,15 +116,14 @@ def prepare(
     loaded = with_transform(loaded, arguments["transform"], img_size or loaded.transform.size, mean, std)
     transform = loaded.transform
     images = images.for_model(transform.wanted)
-    remarks = [*loaded.remarks, *look_at(images, loaded.spec.name)]
+    remarks = look_at(images, loaded.spec.name)
     if images.normalised:
         _require_unprepared(images, arguments)
-        remarks = [line for line in remarks if line not in transform.remarks]
+        loaded = without_transform(loaded)
     layout, width = loaded.anatomy.layout(transform.size), loaded.anatomy.width or 768
     batch_size = arguments["batch_size"] or choose_batch_size(layout, width, chosen, local_processes())
     manifest = new_manifest(loaded, chosen, arguments) | {
         "batch_size": min(int(batch_size), SHARD_IMAGES),
-        "remarks": [*remarks, *_unheeded(images, arguments)],
         "processes": world.size,
         "out_of_memory": [],
         "transform": transform.describe(),
@@ -137,6 +136,7 @@ def prepare(
             "groups_sha256": None if groups is None else sha256("\0".join(images.groups).encode()).hexdigest(),
         },
     }
+    manifest["remarks"] += [*remarks, *_unheeded(images, arguments)]
     work = Work(loaded, images, transform, chosen, manifest)
     if isinstance(images, LoaderImages | StreamImages):
         known = (getattr(images, "announced", None), arguments["num_images"])
