@@ -93,8 +93,8 @@ def with_transform(
         std: the same.
     """
     transform = _transform(model.anatomy, mode, img_size, mean, std)
-    remarks = (*(line for line in model.remarks if line not in model.transform.remarks), *transform.remarks)
-    return replace(model, layout=model.anatomy.layout(transform.size), transform=transform, remarks=remarks)
+    bare = replace(without_transform(model), layout=model.anatomy.layout(transform.size), transform=transform)
+    return with_remarks(bare, transform.remarks)
 
 
 def without_transform(model: LoadedModel) -> LoadedModel:
