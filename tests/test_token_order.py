@@ -280,6 +280,11 @@ def test_the_model_is_left_in_its_mode_with_its_random_numbers_and_gradients() -
     assert model.cls_token.grad is not None
 
 
+def test_a_model_without_values_keeps_the_order_that_its_names_say() -> None:
+    model = any_order("crp").to("meta")
+    assert captured(model, images(2, *SIZE).to("meta")).layout == model.layout()
+
+
 def test_detection_tokens_of_transformers_yolos_come_last() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 5, "hidden_size": 32}
