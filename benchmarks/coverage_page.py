@@ -10,7 +10,7 @@ import torch
 from benchmarks.checking import MILLIONS_WHOLE, OWN_TOLERANCE, TOKENS_WHOLE
 from benchmarks.peaked import TARGET_PEAK
 from helpers import TOLERANCE
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics import STATISTICS
 
 Line = dict[str, Any]

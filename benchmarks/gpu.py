@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from vitprobe.attention.fused import Blocks, _launch, attend_with_rows, suitable_blocks
 from vitprobe.bench import PAPERS, pairs, peak_of
 from vitprobe.hooks.capture import capture
+from vitprobe.layout import TokenLayout
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout
 
 # Model, pixels a side, the batch sizes of the CPU's table and ones that keep a GPU busy.
 SETTINGS = (

@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vitprobe.aggregation import TokenBatch, create
+from vitprobe.layout import TokenLayout
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.probe import ProbeSpec
 from vitprobe.probing.tap import Tap

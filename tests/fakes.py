@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.profile.profile import Profile
 from vitprobe.profile.values import MemoryValues, Shard
 from vitprobe.statistics import STATISTICS

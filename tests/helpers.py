@@ -21,7 +21,7 @@ from vitprobe.attention.rows import RowSummary
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import Capture, capture
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 SMALL = {"img_size": 32, "patch_size": 8}
 TOLERANCE = 1e-4  # the project's error bound; float32 against float64

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 from vitprobe.data.shards import SHARD_IMAGES
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.profile.intervals import sequence_half_width
 from vitprobe.profile.stopping import FEWEST_GROUPS, required_precision
 

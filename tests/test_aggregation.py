@@ -8,7 +8,7 @@ import torch
 from helpers import message
 from vitprobe.aggregation import TokenBatch, create, names
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 LAYOUT = TokenLayout(grid=(2, 3), has_cls=True)
 

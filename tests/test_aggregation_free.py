@@ -13,7 +13,7 @@ from helpers import message, random_view
 from vitprobe.aggregation import TokenBatch, create
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.probing.probe import Probe
 
 DIM = 8

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import aggregation_reference as reference
 from vitprobe.aggregation import Aggregator, TokenBatch, create, names
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 DIM = 32
 LAYOUT = TokenLayout(grid=(3, 4), has_cls=True, num_registers=2)

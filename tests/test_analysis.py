@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import hear_ctrl_c
 from vitprobe.errors import UserError
+from vitprobe.frozen.device import choose_batch_size, choose_device, free_memory
+from vitprobe.frozen.forward import Measurement
 from vitprobe.profile.analysis import analyze
-from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
-from vitprobe.profile.state import choose_batch_size, choose_device, free_memory
 from vitprobe.statistics import STATISTICS
 
 
@@ -279,8 +279,8 @@ def test_unknown_statistic_and_device(vit, folder):
 
 
 def test_batches_are_sized_to_memory(monkeypatch):
-    from vitprobe.models.tokens import TokenLayout
-    from vitprobe.profile import state
+    from vitprobe.frozen import device as state
+    from vitprobe.layout import TokenLayout
 
     large, small = TokenLayout((64, 64), True), TokenLayout((8, 8), True)
     monkeypatch.setattr(state, "free_memory", lambda device: 4 * 2**30)
@@ -345,7 +345,7 @@ def test_a_folder_of_something_else_is_never_touched(vit, folder, tmp_path):
 
 
 def test_a_place_that_is_not_writable(vit, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("vitprobe.profile.folder.os.access", lambda *args: False)  # root may write anywhere
+    monkeypatch.setattr("vitprobe.runs.folder.os.access", lambda *args: False)  # root may write anywhere
     with pytest.raises(UserError, match="is not writable; give another --out"):
         analyze(vit, folder, out=tmp_path / "run")
 

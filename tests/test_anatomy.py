@@ -15,8 +15,8 @@ from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from vitprobe.errors import AttentionNotSeenError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.find import find_anatomy
-from vitprobe.models.tokens import TokenLayout
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
 NAFLEX = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from helpers import message
 from vitprobe.aggregation import TokenBatch, create
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.schedule import rate_factor

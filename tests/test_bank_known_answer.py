@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitprobe.aggregation import TokenBatch
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.probe import ProbeSpec
 from vitprobe.probing.tap import Tap

@@ -25,8 +25,8 @@ from vitprobe.attention.view import AttentionView
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
 from vitprobe.hooks.handover import hand_over
+from vitprobe.layout import TokenLayout
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout
 from vitprobe.profile.analysis import analyze
 from vitprobe.statistics import compute_statistics
 

@@ -15,8 +15,8 @@ from vitprobe.errors import AttentionNotSeenError
 from vitprobe.hooks.calls import AttentionCall
 from vitprobe.hooks.capture import capture
 from vitprobe.hooks.interception import AttentionWatcher
+from vitprobe.layout import TokenLayout
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout
 
 
 @pytest.fixture(autouse=True)

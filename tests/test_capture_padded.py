@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from helpers import assert_close, captured, message, tiny
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 
 def naflex(**options: int) -> nn.Module:

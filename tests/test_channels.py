@@ -22,9 +22,9 @@ from vitprobe.data.bands import Wanted
 from vitprobe.data.decoding import BadChannelsError, BadImageError, decode
 from vitprobe.data.sources import open_images
 from vitprobe.errors import UserError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout
 from vitprobe.probing.saved import load_probe
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel

@@ -17,7 +17,7 @@ from vitprobe.bench import benchmark
 from vitprobe.data.batches import Batch
 from vitprobe.data.prefetch import on_their_way
 from vitprobe.hooks.capture import Capture
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.profile.analysis import analyze
 from vitprobe.statistics import STATISTICS
 

@@ -9,7 +9,7 @@ import pytest
 from fakes import make_profile
 from helpers import SMALL, images, tiny
 from made_squares import squares
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.probing.verify import verify
 from vitprobe.profile import references
 from vitprobe.profile.analysis import analyze

@@ -16,19 +16,19 @@ import pytest
 import torch
 
 from vitprobe.errors import UserError
-from vitprobe.profile import distributed
 from vitprobe.profile.analysis import analyze
-from vitprobe.profile.distributed import World, joined
-from vitprobe.profile.launch import launched, local_processes, local_rank, rank
 from vitprobe.profile.profile import Profile
 from vitprobe.profile.work import require_agreement
+from vitprobe.runs import processes as distributed
+from vitprobe.runs.processes import World, joined
+from vitprobe.runs.torchrun import launched, local_processes, local_rank, rank
 
 SCRIPT = """
     import sys, torch, vitprobe
     from PIL import Image
     from timm.models.vision_transformer import VisionTransformer
     torch.set_num_threads(1)
-    torch.manual_seed(int(sys.argv[3]) if len(sys.argv) > 3 and vitprobe.profile.launch.rank() else 0)
+    torch.manual_seed(int(sys.argv[3]) if len(sys.argv) > 3 and vitprobe.runs.torchrun.rank() else 0)
     vit = VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0)
     torch.manual_seed(1)
     pixels = torch.randn(int(sys.argv[2]), 3, 32, 32)
@@ -54,7 +54,7 @@ def torchrun(processes: int, script: Path, *arguments: object, **options) -> sub
 
 
 def write(path: Path, tail: str) -> Path:
-    path.write_text(textwrap.dedent(SCRIPT).replace("vitprobe\n", "vitprobe, vitprobe.profile.launch\n", 1) + tail)
+    path.write_text(textwrap.dedent(SCRIPT).replace("vitprobe\n", "vitprobe, vitprobe.runs.torchrun\n", 1) + tail)
     return path
 
 
@@ -103,7 +103,7 @@ def dying(self, *arguments):
     return done
 Run.add = dying
 from vitprobe.errors import UserError
-from vitprobe.profile.distributed import joined
+from vitprobe.runs.processes import joined
 with joined(True) as world:
     try:
         run()

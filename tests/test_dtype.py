@@ -22,10 +22,8 @@ from test_capture_by_hand import hand_made
 from test_capture_libraries import Multihead
 from vitprobe.cli import main
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
-from vitprobe.profile import dtype as dtype_module
-from vitprobe.profile.analysis import analyze
-from vitprobe.profile.dtype import (
+from vitprobe.frozen import dtype as dtype_module
+from vitprobe.frozen.dtype import (
     ForwardDtype,
     check_dtype,
     choose_dtype,
@@ -34,6 +32,8 @@ from vitprobe.profile.dtype import (
     relative_errors,
     weights_dtype,
 )
+from vitprobe.layout import TokenLayout
+from vitprobe.profile.analysis import analyze
 from vitprobe.profile.profile import Profile
 
 CPU = torch.device("cpu")

@@ -17,9 +17,9 @@ from comparing import assert_matches_reference, reference_of
 from helpers import SMALL, assert_all_close, assert_close, captured, images, tiny
 from reference import BLOCKS, ONE_SUM_BLOCKS, BlockTrace, reference_attention, unfused_run
 from vitprobe.hooks.capture import Capture
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.anatomy.unsupported import ISOTROPIC
-from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import STATISTICS
 
 STEM = {"img_size": 64}  # in front of the patches, so that these are of 16 or 32 px

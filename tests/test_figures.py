@@ -24,7 +24,7 @@ from helpers import SMALL, images, tiny
 from vitprobe import figures
 from vitprobe.errors import UserError
 from vitprobe.figures import saving, style
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.profile.analysis import analyze
 from vitprobe.statistics import STATISTICS
 

@@ -14,8 +14,8 @@ from helpers import captured, images, message, randomize, state_of, tiny, tiny_v
 from test_anatomy_own import Chunk, MaskedAutoencoder
 from test_capture_by_hand import Attention, hand_made
 from vitprobe.errors import UserError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
 

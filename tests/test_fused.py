@@ -23,7 +23,7 @@ from vitprobe.attention.fused import Blocks, attend_with_rows
 from vitprobe.attention.view import AttentionView
 from vitprobe.hooks.calls import AttentionCall
 from vitprobe.hooks.single_pass import measure
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics import STATISTICS, compute_statistics
 
 pytest.importorskip("triton", reason="Triton is not installed: the fused kernel cannot run, not even step by step")

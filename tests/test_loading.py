@@ -18,13 +18,13 @@ from torch import nn
 
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
+from vitprobe.layout import TokenLayout
 from vitprobe.models import from_hub, hub, loading
 from vitprobe.models.building import architecture_of, build, spec_of
 from vitprobe.models.identity import weights_sha256
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model, require_loadable
 from vitprobe.models.registry import find_spec
-from vitprobe.models.tokens import TokenLayout
 
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

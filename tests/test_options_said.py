@@ -98,7 +98,7 @@ def test_an_unfinished_run_is_drawn_as_such(tmp_path: Path) -> None:
 
 
 def test_the_title_of_an_unfinished_table(tmp_path: Path) -> None:
-    from vitprobe.screen import profile_table
+    from vitprobe.cli.screen import profile_table
 
     assert ", 64 of 100 images; mean over heads" in profile_table(Profile.load(unfinished(tmp_path)))
 

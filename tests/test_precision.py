@@ -10,7 +10,7 @@ import torch
 from helpers import random_view
 from vitprobe.attention import precision
 from vitprobe.attention.precision import exact_float32
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics import compute_statistics
 
 CPU = torch.device("cpu")

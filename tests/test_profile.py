@@ -10,7 +10,7 @@ import pytest
 from fakes import make_profile
 from interval_reference import skew_t_reference
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.profile.profile import Profile
 
 CURVES = {

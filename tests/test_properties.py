@@ -18,7 +18,7 @@ from helpers import TOLERANCE, assert_all_close, assert_close, random_view, tens
 from reference import largest_logit
 from vitprobe.attention.rows import summarize_rows
 from vitprobe.attention.view import AttentionView
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics import STATISTICS, compute_statistics
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import aggregation_reference as reference
 import published_poolings as published
 from vitprobe.aggregation import TokenBatch, create, names
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tap import Tap

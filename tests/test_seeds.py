@@ -16,7 +16,7 @@ from helpers import message, tiny_vit
 from made_squares import BANK, CACHED, KNN, squares
 from vitprobe import UserError, verify
 from vitprobe.aggregation import TokenBatch
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.probing import PROTOCOLS
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.feeds import Fed, ImageFeed

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 from vitprobe.data.batches import default_workers, iterate_loader
 from vitprobe.data.shards import SHARD_IMAGES, Share, cut_loader, iterate_shards
 from vitprobe.data.sources import open_images
-from vitprobe.profile import state
-from vitprobe.profile.state import choose_batch_size, choose_device
+from vitprobe.frozen import device as state
+from vitprobe.frozen.device import choose_batch_size, choose_device
 
 PIXELS = torch.arange(200).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).float()
 ORDER = np.random.default_rng(0).permutation(200)[:170].tolist()
@@ -79,6 +79,6 @@ def test_processes_on_one_machine_share_its_cores_memory_and_gpus(monkeypatch):
 
 
 def open_layout():
-    from vitprobe.models.tokens import TokenLayout
+    from vitprobe.layout import TokenLayout
 
     return TokenLayout((14, 14), True)

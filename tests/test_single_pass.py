@@ -30,7 +30,7 @@ from vitprobe.errors import UserError
 from vitprobe.hooks.calls import AttentionCall
 from vitprobe.hooks.capture import capture
 from vitprobe.hooks.single_pass import measure
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics import STATISTICS, compute_statistics
 
 PAPERS = ["cls_self_attention", "cls_entropy", "patch_self_attention_ratio"]

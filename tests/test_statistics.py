@@ -15,7 +15,7 @@ from reference import largest_logit, reference_attention, reference_statistics
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import capture
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics import NEEDS, STATISTICS, Statistic, compute_statistics, select
 
 

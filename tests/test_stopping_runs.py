@@ -19,11 +19,11 @@ from vitprobe.cli import main
 from vitprobe.data.batches import Batch
 from vitprobe.errors import UserError
 from vitprobe.profile.analysis import analyze
-from vitprobe.profile.distributed import World
 from vitprobe.profile.intervals import sequence_half_width
 from vitprobe.profile.profile import Profile
 from vitprobe.profile.run import Run
 from vitprobe.profile.stopping import Stopper
+from vitprobe.runs.processes import World
 
 STATISTICS = ["cls_entropy_share", "patch_self_attention_ratio"]
 COUNT = 640

@@ -16,8 +16,8 @@ import vitprobe as vp
 from helpers import assert_all_close, captured, images, randomize, state_of
 from reference import BlockTokens, reference_statistics, unfused_run
 from vitprobe.errors import AttentionNotSeenError, UserError
+from vitprobe.layout import TokenLayout, layout_from, reordered, restored
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout, layout_from, reordered, restored
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
 

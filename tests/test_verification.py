@@ -15,8 +15,8 @@ from vitprobe.errors import UserError
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.uncertainty import holm
 from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
-from vitprobe.profile.folder import MANIFEST
 from vitprobe.profile.profile import Profile
+from vitprobe.runs.folder import MANIFEST
 
 FIRST = [
     *("label", "aggregator", "block", "norm", "parameters"),

@@ -12,7 +12,7 @@ from reference import largest_logit, reference_attention
 from vitprobe.attention.rows import PART_BYTES, summarize_rows
 from vitprobe.attention.view import AttentionView, concatenate_views
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics import compute_statistics
 
 LAYOUT = TokenLayout(grid=(3, 4), has_cls=True, num_registers=2)

@@ -14,8 +14,8 @@ from helpers import assert_all_close, captured, images, message, randomize, stat
 from test_capture_by_hand import Attention, Block, hand_made
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
+from vitprobe.layout import TokenLayout
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
 

@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from tiny_recipes import tiny
+from vitprobe.frozen.device import choose_device
 from vitprobe.models import loading
-from vitprobe.profile.manifest import device_name
-from vitprobe.profile.state import choose_device
+from vitprobe.runs.manifest import device_name
 from zoo import train as training
 from zoo.augment import random_resized_crop_flip
 from zoo.cifar import load_tar

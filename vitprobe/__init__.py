@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 # Public name → the module that holds it; None where the name is itself a module.
 _HOME = {
     "Profile": "vitprobe.profile.profile",
-    "TokenLayout": "vitprobe.models.tokens",
+    "TokenLayout": "vitprobe.layout",
     "UserError": "vitprobe.errors",
     "Verification": "vitprobe.probing.verification",
     "aggregation": None,
@@ -56,9 +56,9 @@ if TYPE_CHECKING:
     from vitprobe.errors import UserError
     from vitprobe.hooks.capture import capture
     from vitprobe.hooks.handover import hand_over
+    from vitprobe.layout import TokenLayout
     from vitprobe.models.loading import load_model
     from vitprobe.models.registry import list_models
-    from vitprobe.models.tokens import TokenLayout
     from vitprobe.probing.saved import load_probe
     from vitprobe.probing.verification import Verification
     from vitprobe.probing.verify import verify

@@ -17,7 +17,7 @@ import torch
 from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
-from vitprobe.profile.manifest import device_name
+from vitprobe.runs.manifest import device_name
 from zoo.cifar import load_tar
 from zoo.objectives import build_objective
 from zoo.objectives.base import Objective

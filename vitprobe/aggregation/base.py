@@ -11,7 +11,7 @@ from vitprobe.aggregation.batch import TokenBatch, Which
 from vitprobe.aggregation.choices import one_of
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 
 class Aggregator(nn.Module):

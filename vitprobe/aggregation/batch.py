@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 Which = Literal["patches", "all"]
 

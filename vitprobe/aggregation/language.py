@@ -13,7 +13,7 @@ from vitprobe.aggregation.parts import QueryAttention, mlp
 from vitprobe.aggregation.queries import Queried
 from vitprobe.aggregation.weighted import WeightedPool
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 Weights = Float[Tensor, "batch query token"]
 Sums = Float[Tensor, "batch query dim"]

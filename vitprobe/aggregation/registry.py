@@ -19,7 +19,7 @@ from vitprobe.aggregation.queries import Aim, Cae, Capi, EfficientProbing, SimPo
 from vitprobe.aggregation.simple import Center, Cls, ClsGap, Gap, Gem, Max
 from vitprobe.aggregation.tokencut import TokenCut
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
     "cls": Cls,

@@ -12,7 +12,7 @@ from vitprobe.aggregation.choices import at_least
 from vitprobe.aggregation.kernel import Tokens
 from vitprobe.aggregation.weighted import WeightedPool
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 Vector = Float[Tensor, "batch out"]
 Weights = Float[Tensor, "batch query patch"]

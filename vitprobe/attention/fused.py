@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitprobe.attention.rows import RowSummary, patch_rows
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_DIMS = 128  # of a head; wider ones do not fit beside their sums

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitprobe.attention.logits import Logits, Part
 from vitprobe.attention.precision import exact_float32
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 # A part's logits and weights stay in a core's share of the cache; enough rows keep the products busy. Measured with
 # ViT-S/16 at 1024 px and ViT-B/16 at 224 and 448 px on two cores.

@@ -13,7 +13,7 @@ from vitprobe.attention.logits import GivenLogits, Logits, ProductLogits
 from vitprobe.attention.precision import exact_float32
 from vitprobe.attention.rows import RowSummary, patch_rows, summarize_rows
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout, reordered, reordered_pairs, restored
+from vitprobe.layout import TokenLayout, reordered, reordered_pairs, restored
 
 
 @dataclass(frozen=True, eq=False)

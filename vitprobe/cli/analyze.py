@@ -10,9 +10,9 @@ import click
 
 from vitprobe.cli.options import SomePath, SomeText, what_images, which_models, which_way
 from vitprobe.cli.runs import choose_runs, earlier_figures, say_remarks, say_skipped
+from vitprobe.cli.screen import how, profile_table, wrapped
 from vitprobe.errors import UserError
-from vitprobe.profile.launch import launched, rank
-from vitprobe.screen import how, profile_table, wrapped
+from vitprobe.runs.torchrun import launched, rank
 
 
 @click.command("analyze", short_help="Measure a model's attention on images: table, verdict, figures.")
@@ -90,7 +90,7 @@ def command(
     if not launched():
         _analyze(names, folders, given, options)
         return
-    from vitprobe.profile.distributed import joined
+    from vitprobe.runs.processes import joined
 
     with joined(True) as world:
         try:
@@ -115,7 +115,7 @@ def _analyze(names: list[str], folders: list[Path], given: dict[str, Any], optio
     from vitprobe.figures import save_paper_figures
     from vitprobe.models.loading import require_loadable
     from vitprobe.profile.analysis import analyze as run
-    from vitprobe.profile.folder import check_output
+    from vitprobe.runs.folder import check_output
 
     for name, folder in zip(names, folders, strict=True):  # what can be known is checked for all before any runs
         check_output(folder, overwrite, resume)

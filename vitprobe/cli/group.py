@@ -12,7 +12,7 @@ import click
 
 import vitprobe
 from vitprobe.errors import OUT_OF_MEMORY, UserError
-from vitprobe.profile.launch import rank
+from vitprobe.runs.torchrun import rank
 
 
 class Commands(click.Group):

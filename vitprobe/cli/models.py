@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from vitprobe.cli.screen import aligned
 from vitprobe.errors import UserError
-from vitprobe.screen import aligned
 
 
 @click.command("models", short_help="List the models that have an alias.")

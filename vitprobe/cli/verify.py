@@ -83,7 +83,7 @@ def command(
     from vitprobe.figures import save_figure, selective_aggregation
     from vitprobe.models.loading import require_loadable
     from vitprobe.probing.verify import verify as run
-    from vitprobe.profile.folder import check_output
+    from vitprobe.runs.folder import check_output
 
     aggregators = options.pop("aggregators")
     options["aggregators"] = None if aggregators is None else split_names(aggregators)

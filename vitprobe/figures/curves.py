@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.profile.intervals import FEW, about, on_log_scale
 
 

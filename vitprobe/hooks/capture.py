@@ -21,12 +21,12 @@ from vitprobe.hooks.interception import AttentionWatcher
 from vitprobe.hooks.single_pass import measure
 from vitprobe.hooks.transformers_kernels import watch_kernels
 from vitprobe.hooks.views import views_of
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.anatomy.measured import being_measured
 from vitprobe.models.anatomy.order import measure_order
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor, run_eagerly, use_fused_attention
-from vitprobe.models.tokens import TokenLayout
 from vitprobe.statistics import compute_statistics, select
 from vitprobe.statistics.table import Asks, available_needs
 

@@ -14,7 +14,7 @@ from vitprobe.attention.logits import ProductLogits
 from vitprobe.attention.precision import exact_float32
 from vitprobe.attention.rows import RowSummary, merge_prefix, patch_rows, summarize_rows
 from vitprobe.hooks.calls import AttentionCall
-from vitprobe.models.tokens import TokenLayout, reordered, reordered_pairs, restored
+from vitprobe.layout import TokenLayout, reordered, reordered_pairs, restored
 from vitprobe.statistics.table import Asks
 
 

@@ -13,8 +13,8 @@ from vitprobe.attention.view import AttentionView
 from vitprobe.errors import AttentionNotSeenError
 from vitprobe.hooks.blocks import BlockRecord
 from vitprobe.hooks.calls import AttentionCall
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.parts import Layouts
-from vitprobe.models.tokens import TokenLayout
 
 SHOW_IT = (
     "if its attention is your own code, call vitprobe.hand_over(query, key, scale=…) beside it, with (B, H, N, d) "

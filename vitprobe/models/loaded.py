@@ -13,6 +13,7 @@ from torch import nn
 
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.anatomy.measured import noise_for
 from vitprobe.models.anatomy.normalizing import find_normalizer
@@ -22,7 +23,6 @@ from vitprobe.models.building import ImageSize
 from vitprobe.models.entries import ModelSpec
 from vitprobe.models.identity import plain_parts
 from vitprobe.models.known import remember
-from vitprobe.models.tokens import TokenLayout
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vitprobe.errors import UserError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.building import ImageSize, architecture_of, build, outline, pair, require_size, spec_of
@@ -43,7 +44,6 @@ from vitprobe.models.official.entries import OfficialCheckpoint, find_official
 from vitprobe.models.official.weights import load_official
 from vitprobe.models.registry import find_spec
 from vitprobe.models.shards import INDEX
-from vitprobe.models.tokens import TokenLayout
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pyth", ".npz", INDEX)

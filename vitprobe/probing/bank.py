@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vitprobe.aggregation import create
 from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.probing.inputs import Inputs
 from vitprobe.probing.optimizers import OPTIMIZERS
 from vitprobe.probing.probe import Init, Probe, ProbeSpec

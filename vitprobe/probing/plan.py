@@ -15,6 +15,7 @@ from vitprobe.aggregation import Aggregator, create
 from vitprobe.data.augment import Augmentation
 from vitprobe.data.labelled import LabelledData, open_labelled
 from vitprobe.errors import UserError
+from vitprobe.frozen.device import choose_device
 from vitprobe.models.anatomy.final_norm import find_final_norm
 from vitprobe.models.loaded import LoadedModel, with_transform, without_transform
 from vitprobe.models.loading import load_model
@@ -25,8 +26,7 @@ from vitprobe.probing.protocols import Protocol
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
 from vitprobe.probing.verification import KIND
-from vitprobe.profile.manifest import new_manifest
-from vitprobe.profile.state import choose_device
+from vitprobe.runs.manifest import new_manifest
 
 TRAINED_DEFAULT = ("cls", "gap", "abmilp", "ep")
 POOLED_DEFAULT = ("cls", "gap")

@@ -28,7 +28,7 @@ from vitprobe.models.loading import load_model
 from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
-from vitprobe.profile.manifest import package_version
+from vitprobe.runs.manifest import package_version
 
 FOLDER, FILES = "probes", "*@block*-seed*.safetensors"
 _KEY, _VERSION = "vitprobe_probe", 1

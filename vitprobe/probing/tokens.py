@@ -19,18 +19,18 @@ from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.attention.view import AttentionView
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
+from vitprobe.frozen.device import choose_device, prepared
+from vitprobe.frozen.dtype import DTYPE_BOUND, choose_dtype, weights_dtype
 from vitprobe.hooks.bystanders import Bystanders
 from vitprobe.hooks.capture import Capture, capture
 from vitprobe.hooks.updates import tensor_of
+from vitprobe.layout import TokenLayout, reordered
 from vitprobe.models.anatomy.final_norm import find_final_norm
 from vitprobe.models.anatomy.parts import run_eagerly, use_fused_attention
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.models.loading import load_model
-from vitprobe.models.tokens import TokenLayout, reordered
 from vitprobe.probing.stream import Reading, find_readings, require
 from vitprobe.probing.tap import Tap
-from vitprobe.profile.dtype import DTYPE_BOUND, choose_dtype, weights_dtype
-from vitprobe.profile.state import choose_device, prepared
 
 NAMED = 5  # images that an error names at most
 

@@ -23,7 +23,7 @@ from vitprobe.probing.scores import mean_per_class
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.trained import in_words, shortfalls
 from vitprobe.probing.uncertainty import Components, Interval, components, holm
-from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
+from vitprobe.runs.folder import check_output, clear_run, read_manifest, write_manifest
 
 KIND = "verification"  # what a manifest says that is of no profile
 CORRECTNESS, ACCURACY = "correctness.safetensors", "accuracy.csv"

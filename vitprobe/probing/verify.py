@@ -22,10 +22,10 @@ from vitprobe.probing.saved import FILES as PROBE_FILES
 from vitprobe.probing.saved import FOLDER as PROBES
 from vitprobe.probing.saved import save_probe
 from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
-from vitprobe.profile.arguments import check_resume, check_whole, shown, shown_size, size_of
-from vitprobe.profile.folder import MANIFEST, check_output, is_run, read_manifest, write_manifest
-from vitprobe.profile.progress import progress_bar
-from vitprobe.profile.resuming import require_same
+from vitprobe.runs.folder import MANIFEST, check_output, is_run, read_manifest, write_manifest
+from vitprobe.runs.options import check_resume, check_whole, shown, shown_size, size_of
+from vitprobe.runs.progress import progress_bar
+from vitprobe.runs.same import require_same
 
 
 def verify(

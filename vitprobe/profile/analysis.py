@@ -15,20 +15,20 @@ from vitprobe.data.prefetch import on_their_way
 from vitprobe.data.shards import Share
 from vitprobe.data.transforms import check_normalisation
 from vitprobe.errors import UserError
+from vitprobe.frozen.device import prepared
+from vitprobe.frozen.dtype import DTYPE_BOUND, ForwardDtype, check_dtype, choose_dtype
+from vitprobe.frozen.forward import Measurement
 from vitprobe.hooks.capture import capture, check_kernel
 from vitprobe.models.loaded import LoadedModel
-from vitprobe.profile.arguments import check_resume, check_whole, shown, shown_size, size_of
-from vitprobe.profile.distributed import World, joined
-from vitprobe.profile.dtype import DTYPE_BOUND, ForwardDtype, check_dtype, choose_dtype
-from vitprobe.profile.folder import check_output
-from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
-from vitprobe.profile.progress import progress_bar
-from vitprobe.profile.resuming import Begun, read_begun, require_same
 from vitprobe.profile.run import Run
-from vitprobe.profile.state import prepared
 from vitprobe.profile.stopping import check_tolerance
 from vitprobe.profile.work import Work, prepare, require_agreement
+from vitprobe.runs.folder import check_output
+from vitprobe.runs.options import check_resume, check_whole, shown, shown_size, size_of
+from vitprobe.runs.processes import World, joined
+from vitprobe.runs.progress import progress_bar
+from vitprobe.runs.same import Begun, read_begun, require_same
 from vitprobe.statistics import select
 
 

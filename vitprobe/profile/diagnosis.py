@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.profile.intervals import Estimate
 from vitprobe.profile.references import COMPARED, Reference, distance, matching_references
 from vitprobe.statistics import STATISTICS

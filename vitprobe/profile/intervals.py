@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special, stats
 
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics import STATISTICS
 
 LEVEL = 0.95

@@ -15,11 +15,11 @@ from jaxtyping import Float64
 
 from vitprobe.errors import UserError
 from vitprobe.files import write_atomically
-from vitprobe.models.tokens import TokenLayout, layout_from
+from vitprobe.layout import TokenLayout, layout_from
 from vitprobe.profile.diagnosis import Diagnosis, diagnose
-from vitprobe.profile.folder import check_output, clear_run, read_manifest, write_manifest
 from vitprobe.profile.intervals import Estimate, Running, group_sizes, statistic_bounds
 from vitprobe.profile.values import MemoryValues, ShardValues
+from vitprobe.runs.folder import check_output, clear_run, read_manifest, write_manifest
 from vitprobe.statistics import STATISTICS, select
 
 # What `summary` shows: the paper's three, and the two that explain them.

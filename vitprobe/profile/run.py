@@ -16,8 +16,10 @@ import numpy as np
 from vitprobe.data.batches import Batch, Key
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import Capture
-from vitprobe.profile.distributed import World
-from vitprobe.profile.folder import (
+from vitprobe.profile.profile import Profile
+from vitprobe.profile.stopping import Stopper
+from vitprobe.profile.values import Arrays, MemoryValues, Shard, ShardValues
+from vitprobe.runs.folder import (
     check_output,
     clear_results,
     clear_run,
@@ -25,10 +27,8 @@ from vitprobe.profile.folder import (
     read_manifest,
     write_manifest,
 )
-from vitprobe.profile.profile import Profile
-from vitprobe.profile.resuming import Begun
-from vitprobe.profile.stopping import Stopper
-from vitprobe.profile.values import Arrays, MemoryValues, Shard, ShardValues
+from vitprobe.runs.processes import World
+from vitprobe.runs.same import Begun
 
 
 class Run:

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from vitprobe.errors import UserError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.profile.intervals import on_log_scale, sequence_half_width, statistic_bounds
 from vitprobe.profile.values import MemoryValues, Shard, ShardValues
 from vitprobe.statistics import STATISTICS

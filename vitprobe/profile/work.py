@@ -21,13 +21,13 @@ from vitprobe.data.sources import open_images
 from vitprobe.data.streams import StreamImages, iterate_stream
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
+from vitprobe.frozen.device import choose_batch_size, choose_device
 from vitprobe.models.loaded import LoadedModel, with_transform, without_transform
 from vitprobe.models.loading import load_model
-from vitprobe.profile.arguments import size_of
-from vitprobe.profile.distributed import World
-from vitprobe.profile.launch import local_processes, local_rank
-from vitprobe.profile.manifest import new_manifest
-from vitprobe.profile.state import choose_batch_size, choose_device
+from vitprobe.runs.manifest import new_manifest
+from vitprobe.runs.options import size_of
+from vitprobe.runs.processes import World
+from vitprobe.runs.torchrun import local_processes, local_rank
 
 
 @dataclass

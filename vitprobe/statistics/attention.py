@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitprobe.attention.rows import RowSummary
 from vitprobe.attention.view import AttentionView
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics.table import declare
 
 PerHead = Float[Tensor, "batch head"]

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitprobe.attention.view import AttentionView
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 from vitprobe.statistics.table import declare
 
 PerBlock = Float[Tensor, "batch 1"]

@@ -10,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from vitprobe.errors import AttentionNotSeenError, UserError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy import huggingface_vit, own_vit, timm_vit
 from vitprobe.models.anatomy.block_lists import BlockList, block_lists, likely, opened
 from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.measured import Watched, noise_for, run_once
 from vitprobe.models.anatomy.parts import Anatomy, read_images, unwrapped
 from vitprobe.models.anatomy.towers import Tower, find_towers, runs_alone
-from vitprobe.models.tokens import TokenLayout
 
 # Where models of images and texts keep the part for images.
 _TOWERS = ("visual", "vision_model", "vision_tower", "trunk")

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from vitprobe.errors import AttentionNotSeenError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy import own_vit
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, Size, pair
-from vitprobe.models.tokens import TokenLayout
 
 # What the config of a model that works in stages has one of for each.
 _OF_STAGES = ("depths", "hidden_sizes", "embed_dims", "embed_dim")

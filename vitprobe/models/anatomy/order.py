@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vitprobe.errors import AttentionNotSeenError, UserError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.measured import on_noise
 from vitprobe.models.anatomy.own_vit import CLS, DISTILLATION, REGISTERS
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, Size, first_tensor
-from vitprobe.models.tokens import TokenLayout
 
 # An image → the arguments, positional and by keyword, with which the model is called on it.
 Call = Callable[[Tensor], tuple[tuple[Any, ...], dict[str, Any]]]

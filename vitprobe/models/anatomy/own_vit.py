@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError, UserError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.block_lists import block_lists
 from vitprobe.models.anatomy.parts import Anatomy, Size, grid_of, pair, read_images, size_of
-from vitprobe.models.tokens import TokenLayout
 
 CLS = ("cls_token", "class_token", "class_embedding", "cls_embedding", "cls")
 DISTILLATION = ("dist_token", "distillation_token")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError
-from vitprobe.models.tokens import TokenLayout
+from vitprobe.layout import TokenLayout
 
 Size = tuple[int, int]
 # One layout for all images of a batch or, where images of several grids were padded to one length, one for each.

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from vitprobe.errors import AttentionNotSeenError
+from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.block_lists import BlockList
 from vitprobe.models.anatomy.own_vit import patch_convolution
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, Size, first_tensor, grid_of, pair, read_images, unwrapped
-from vitprobe.models.tokens import TokenLayout
 
 
 def recognise(module: nn.Module) -> Anatomy | None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from vitprobe.data.batches import Key
 from vitprobe.errors import UserError
-from vitprobe.profile.folder import is_run, read_manifest
 from vitprobe.profile.values import ShardValues
+from vitprobe.runs.folder import is_run, read_manifest
 
 # They change where or how fast numbers are made, not which.
 FREE_ARGUMENTS = frozenset({"workers", "out", "overwrite", "resume", "distributed"})

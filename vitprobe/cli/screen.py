@@ -65,7 +65,7 @@ def wrapped(lines: list[str]) -> str:
 
 def how(profile: Profile) -> list[str]:
     """In which precision it ran, where that was asked for, and why it stopped, where the data decided that."""
-    from vitprobe.profile.dtype import dtype_line
+    from vitprobe.frozen.dtype import dtype_line
     from vitprobe.profile.stopping import stopping_line
 
     stopping = profile.manifest.get("stopping")

@@ -11,8 +11,8 @@ from torch import nn
 
 from vitprobe.data.shards import SHARD_IMAGES
 from vitprobe.errors import UserError
+from vitprobe.layout import TokenLayout
 from vitprobe.memory import available_memory
-from vitprobe.models.tokens import TokenLayout
 
 MOST_IMAGES = SHARD_IMAGES  # larger batches gain nothing
 MEMORY_SHARE = 0.25  # of what is free

@@ -13,7 +13,7 @@ import torch
 from vitprobe.errors import UserError
 from vitprobe.models.identity import unidentified, weights_sha256
 from vitprobe.models.loaded import LoadedModel
-from vitprobe.profile.folder import FORMAT_VERSION
+from vitprobe.runs.folder import FORMAT_VERSION
 
 PACKAGES = ("vitprobe", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "pillow")
 

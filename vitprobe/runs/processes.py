@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from vitprobe.errors import UserError
-from vitprobe.profile.launch import launched
+from vitprobe.runs.torchrun import launched
 
 Result = TypeVar("Result")
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from vitprobe.data.batches import Batch
 from vitprobe.errors import OUT_OF_MEMORY, UserError
+from vitprobe.frozen.dtype import MEASURED_IMAGES, ForwardDtype, own_dtype, weights_dtype
 from vitprobe.hooks.capture import Capture
 from vitprobe.models.loaded import LoadedModel
-from vitprobe.profile.dtype import MEASURED_IMAGES, ForwardDtype, own_dtype, weights_dtype
 
 
 class Measurement:

@@ -1,0 +1,1 @@
+"""A run: its options, folder, manifest and processes; what `analyze`, `verify` and later commands share."""
