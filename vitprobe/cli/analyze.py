@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vitprobe.cli.options import SomePath, SomeText, what_images, which_models, which_way
-from vitprobe.cli.runs import choose_runs, earlier_figures, say_remarks, say_skipped
-from vitprobe.cli.screen import how, profile_table, wrapped
-from vitprobe.errors import UserError
-from vitprobe.runs.torchrun import launched, rank
+from vitprobe.cli.runs import Body, Loading, run_models
+from vitprobe.cli.screen import profile_table, settled_lines, wrapped
+from vitprobe.runs.torchrun import launched
+
+if TYPE_CHECKING:
+    from vitprobe.profile.profile import Profile
 
 
 @click.command("analyze", short_help="Measure a model's attention on images: table, verdict, figures.")
@@ -26,13 +27,6 @@ from vitprobe.runs.torchrun import launched, rank
 )
 @click.option("--num-images", type=click.IntRange(min=1), metavar="N", help="Analyse N images, drawn at random.  [all]")
 @what_images
-@click.option(
-    "--transform",
-    type=click.Choice(["model", "paper"]),
-    default="model",
-    show_default=True,
-    help="The model's own preprocessing, or the paper's.",
-)
 @click.option("--statistic", "statistics", multiple=True, metavar="NAME", help="Only this one; repeatable.  [all]")
 @click.option(
     "--tolerance",
@@ -77,6 +71,8 @@ def command(
     checkpoint: Path | None,
     arch: str | None,
     weights_key: str | None,
+    name: str | None,
+    paradigm: str | None,
     out: Path | None,
     **options: Any,
 ) -> None:
@@ -86,73 +82,30 @@ def command(
 
     On several GPUs or machines: torchrun --nproc-per-node 8 -m vitprobe analyze …
     """
-    names, folders, given = choose_runs(models, checkpoint, arch, weights_key, out, options["resume"])
-    if not launched():
-        _analyze(names, folders, given, options)
-        return
-    from vitprobe.runs.processes import joined
-
-    with joined(True) as world:
-        try:
-            folders = world.gather(folders)[0]  # their names may hold the time
-            _analyze(names, folders, given, options)
-        except UserError as error:
-            if world.may_speak():
-                click.echo(f"Error: {error}", err=True)
-            sys.exit(2)
+    options |= {"statistics": options["statistics"] or None, "distributed": launched()}
+    run_models(_body, Loading(models, checkpoint, arch, weights_key, name, paradigm), out, options)
 
 
-def _analyze(names: list[str], folders: list[Path], given: dict[str, Any], options: dict[str, Any]) -> None:
-    """Analyse each model into its folder."""
-    from vitprobe.models.hub import require_weights
-    from vitprobe.models.registry import find_spec
+def _body() -> Body:
+    from vitprobe.figures.saving import PAPER_FIGURES
+    from vitprobe.profile.analysis import analyze
+    from vitprobe.profile.profile import KIND
 
-    first, overwrite, resume = rank() == 0, options["overwrite"], options["resume"]
-    if given["checkpoint"] is None:
-        for spec in filter(None, map(find_spec, names)):
-            require_weights(spec)  # before torch is imported: a missing network should cost seconds
+    return Body(KIND, analyze, _tell, _draw, tuple(PAPER_FIGURES), ("summary.csv", "every statistic"), _kept)
 
+
+def _tell(profile: Profile) -> None:
+    click.echo(f"{profile_table(profile)}\n\n{wrapped([*profile.diagnosis().lines, *settled_lines(profile)])}")
+
+
+def _draw(profiles: list[Profile], folder: Path) -> list[str]:
     from vitprobe.figures import save_paper_figures
-    from vitprobe.models.loading import require_loadable
-    from vitprobe.profile.analysis import analyze as run
-    from vitprobe.runs.folder import check_output
 
-    for name, folder in zip(names, folders, strict=True):  # what can be known is checked for all before any runs
-        check_output(folder, overwrite, resume)
-        require_loadable(name, **given, img_size=options["img_size"])
-    figures = (folders[0] if len(folders) == 1 else folders[0].parent) / "figures"
-    if earlier_figures(figures) and not (overwrite or resume):
-        raise UserError(f"{figures} holds another run's figures; pass --overwrite to replace them, or another --out")
-
-    statistics = options.pop("statistics") or None
-    profiles = []
-    for name, folder in zip(names, folders, strict=True):
-        try:
-            profile = run(name, **given, statistics=statistics, out=folder, distributed=launched(), **options)
-        except KeyboardInterrupt:
-            if first:
-                _say_what_is_left(folders)
-            raise
-        if not first:
-            continue
-        click.echo()
-        say_remarks(profile.manifest)
-        click.echo(f"{profile_table(profile)}\n\n{wrapped([*profile.diagnosis().lines, *how(profile)])}")
-        say_skipped(profile.manifest)
-        profiles.append(profile)
-    if not first:
-        return
-    for path in earlier_figures(figures):
-        path.unlink()
-    drawn = save_paper_figures(profiles, figures)
-    if drawn:
-        click.echo(f"\nfigures: {figures} ({', '.join(path.name for path in drawn if path.suffix == '.pdf')})")
-    click.echo(f"every statistic: {', '.join(str(folder / 'summary.csv') for folder in folders)}")
+    drawn = save_paper_figures(profiles, folder)
+    names = ", ".join(path.name for path in drawn if path.suffix == ".pdf")
+    return [f"\nfigures: {folder} ({names})"] if drawn else []
 
 
-def _say_what_is_left(folders: list[Path]) -> None:
-    begun = [str(folder) for folder in folders if (folder / "manifest.json").is_file()]
-    if begun:
-        click.echo(
-            f"finished shards are kept; vitprobe figures {' '.join(begun)} reads them, --resume goes on", err=True
-        )
+def _kept(folders: list[Path], root: Path) -> str:
+    names = " ".join(map(str, folders))
+    return f"finished shards are kept; vitprobe figures {names} reads them, --resume goes on"

@@ -68,6 +68,13 @@ def what_images(command: Callable) -> Callable:
     """The options that say how pictures become what the model takes."""
     for option in (
         click.option(
+            "--transform",
+            type=click.Choice(["model", "paper"]),
+            default="model",
+            show_default=True,
+            help="The model's own preprocessing, or the paper's.",
+        ),
+        click.option(
             "--std", type=Numbers(), metavar="X,…", help="What each channel is divided by, one value or one each."
         ),
         click.option(
@@ -90,6 +97,12 @@ def what_images(command: Callable) -> Callable:
 def which_models(command: Callable) -> Callable:
     """The options that say what to load."""
     for option in (
+        click.option(
+            "--paradigm",
+            metavar="P",
+            help="The model's place on the paper's axis: MIM, JEA, hybrid, supervised, VLM.  [what is known of it]",
+        ),
+        click.option("--name", type=SomeText(), metavar="NAME", help="What figures call the model.  [its own name]"),
         click.option(
             "--weights-key",
             metavar="KEY",

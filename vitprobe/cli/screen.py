@@ -63,7 +63,7 @@ def wrapped(lines: list[str]) -> str:
     )
 
 
-def how(profile: Profile) -> list[str]:
+def settled_lines(profile: Profile) -> list[str]:
     """In which precision it ran, where that was asked for, and why it stopped, where the data decided that."""
     from vitprobe.frozen.dtype import dtype_line
     from vitprobe.profile.stopping import stopping_line

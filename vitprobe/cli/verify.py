@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitprobe.cli.options import SomePath, SomeText, what_images, which_models, which_way
-from vitprobe.cli.runs import choose_runs, earlier_figures, say_remarks, say_skipped
+from vitprobe.cli.runs import Body, Loading, run_models
 from vitprobe.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,12 +27,14 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
     "[scikit-learn's handwritten digits]",
 )
 @click.option(
-    "--aggregators",
+    "--aggregator",
     type=SomeText(),
-    metavar="A,B,…",
-    help="Ways to aggregate, with options in brackets: abmilp(depth=2); docs/verification.md lists them.  "
-    "[cls,gap,abmilp,ep]",
+    multiple=True,
+    metavar="NAME",
+    help="A way to aggregate, with options in brackets: abmilp(depth=2); repeatable; docs/verification.md lists them.  "
+    "[cls, gap, abmilp, ep]",
 )
+@click.option("--aggregators", type=SomeText(), hidden=True)  # the old spelling, with commas
 @click.option(
     "--protocol",
     type=click.Choice(["fast", "cached", "knn", "logistic"]),
@@ -70,6 +72,8 @@ def command(
     checkpoint: Path | None,
     arch: str | None,
     weights_key: str | None,
+    name: str | None,
+    paradigm: str | None,
     out: Path | None,
     **options: Any,
 ) -> None:
@@ -77,47 +81,43 @@ def command(
 
     The main line: vitprobe verify --model mae_vit_b --data IMAGENET
     """
-    names, folders, given = choose_runs(models, checkpoint, arch, weights_key, out, options["resume"], "verify-")
-
     from vitprobe.aggregation.registry import split_names
-    from vitprobe.figures import save_figure, selective_aggregation
-    from vitprobe.models.loading import require_loadable
-    from vitprobe.probing.verify import verify as run
-    from vitprobe.runs.folder import check_output
 
-    aggregators = options.pop("aggregators")
-    options["aggregators"] = None if aggregators is None else split_names(aggregators)
-    options["blocks"] = options["blocks"] or None
-    for name, folder in zip(names, folders, strict=True):  # what can be known is checked for all before any runs
-        check_output(folder, options["overwrite"], options["resume"], "verify")
-        require_loadable(name, **given, img_size=options["img_size"])
-    root = folders[0] if len(folders) == 1 else folders[0].parent
-    earlier = earlier_figures(root / "figures", [BARS])
-    if earlier and not (options["overwrite"] or options["resume"]):
-        raise UserError(f"{root / 'figures'} holds another run's figure; pass --overwrite to replace it")
-    found: list[Verification] = []
-    for name, folder in zip(names, folders, strict=True):
-        try:
-            found.append(run(name, **given, out=folder, **options))
-        except KeyboardInterrupt:
-            if any((each / "manifest.json").is_file() for each in folders):
-                click.echo(f"what was saved is kept: the same command with --out {root} --resume goes on", err=True)
-            raise
-        verification = found[-1]
-        click.echo()
-        say_remarks(verification.manifest)
-        click.echo(f"{verification.name} ({verification.paradigm}) on {verification.data}\n{verification}")
-        _say_left_out(verification.manifest)
-        say_skipped(verification.manifest)
-    for path in earlier:
-        path.unlink(missing_ok=True)
+    several = options.pop("aggregators")
+    if several is not None:
+        click.echo(
+            "note: --aggregators is now --aggregator, repeated; this spelling goes with the next release", err=True
+        )
+    asked = [*options.pop("aggregator"), *(() if several is None else split_names(several))]
+    options |= {"aggregators": asked or None, "blocks": options["blocks"] or None}
+    run_models(_body, Loading(models, checkpoint, arch, weights_key, name, paradigm), out, options, "verify-")
+
+
+def _body() -> Body:
+    from vitprobe.probing.verification import ACCURACY, KIND
+    from vitprobe.probing.verify import verify
+
+    return Body(KIND, verify, _tell, _draw, (BARS,), (ACCURACY, "every number"), _kept)
+
+
+def _tell(verification: Verification) -> None:
+    click.echo(f"{verification.name} ({verification.paradigm}) on {verification.data}\n{verification}")
+    _say_left_out(verification.manifest)
+
+
+def _draw(found: list[Verification], folder: Path) -> list[str]:
+    from vitprobe.figures import save_figure, selective_aggregation
+
     try:
         axes = selective_aggregation(found, _worth_drawing(found))
     except UserError as error:  # the numbers are there all the same
         click.echo(f"\nno figure: {error}", err=True)
-    else:
-        click.echo(f"\nfigure: {', '.join(map(str, save_figure(axes, root / 'figures' / BARS)))}")
-    click.echo(f"every number: {', '.join(str(folder / 'accuracy.csv') for folder in folders)}")
+        return []
+    return [f"\nfigure: {', '.join(map(str, save_figure(axes, folder / BARS)))}"]
+
+
+def _kept(folders: list[Path], root: Path) -> str:
+    return f"what was saved is kept: the same command with --out {root} --resume goes on"
 
 
 def _worth_drawing(found: list[Verification]) -> list[str]:

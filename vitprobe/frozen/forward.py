@@ -1,102 +1,97 @@
-"""One batch through the model: its statistics, checked; in halves where memory runs out."""
+"""One guarded forward pass of a model that is not trained: precision, images of a wrong size, NaN, memory."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float32
-from numpy import ndarray
 from torch import Tensor
 
-from vitprobe.data.batches import Batch
 from vitprobe.errors import OUT_OF_MEMORY, UserError
-from vitprobe.frozen.dtype import MEASURED_IMAGES, ForwardDtype, own_dtype, weights_dtype
-from vitprobe.hooks.capture import Capture
+from vitprobe.frozen.dtype import ForwardDtype, own_dtype, weights_dtype
 from vitprobe.models.loaded import LoadedModel
 
+Result = TypeVar("Result")
+_NAMED = 5  # images that an error names at most
 
-class Measurement:
-    """What a model's attention is on batch after batch.
+
+class Forward:
+    """A model's forward pass on its device.
 
     Attributes:
-        forward: what the forward pass runs in; the weights' own precision at first.
-        most: images a forward pass; halved for good where memory runs out.
-        halvings: takes note of each time that it did: the shard, and the sizes before and after.
+        dtype: what it runs in; the weights' own precision without.
+        most: images a pass; None for as many as come. Halved for good where memory runs out.
     """
 
     def __init__(
-        self, model: LoadedModel, attention: Capture, device: torch.device, most: int, halvings: list[dict[str, Any]]
+        self,
+        model: LoadedModel,
+        device: torch.device,
+        dtype: ForwardDtype | None = None,
+        most: int | None = None,
     ) -> None:
-        self.model, self.attention, self.device, self.most, self.halvings = model, attention, device, most, halvings
-        self._dtype = weights_dtype(model.module)
-        self.forward = own_dtype(model.module)
+        self.dtype, self.most = dtype or own_dtype(model.module), most
+        self._model, self._device, self._weights = model, device, weights_dtype(model.module)
 
-    def __call__(self, batch: Batch) -> dict[str, Float32[ndarray, "image block head"]]:
-        """`(n, blocks, heads)` of each statistic.
+    def __call__(self, images: Tensor) -> Any:
+        """What the model gives for images `(B, C, H, W)`, without gradients.
 
         Raises:
-            UserError: for images of a size that the model cannot take, activations that are NaN or infinite, or where
-                the memory does not hold one image.
+            UserError: for images of a size that the model cannot take.
         """
-        values = self._run(batch)
-        self._require_finite(values, batch.names)
-        return {name: value.numpy() for name, value in values.items()}
+        try:
+            with torch.inference_mode(), self.dtype.autocast(self._device):
+                return self._model.module(images.to(self._device, self._weights, non_blocking=True))
+        except AssertionError as error:  # timm's way to say that an input has the wrong size
+            height, width = images.shape[-2:]
+            name = self._model.spec.name
+            raise UserError(f"{name} cannot take images of {height}x{width} pixels: {error}") from None
 
-    def trial(self, batch: Batch, forward: ForwardDtype) -> dict[str, Tensor]:
-        """The statistics of a batch's first images under a dtype, whatever they are; none of a batch without images."""
-        if not len(batch):
-            return {}
-        self.forward = forward
-        return self._run(replace(batch, pixels=batch.pixels[:MEASURED_IMAGES]))
+    def part(self, module: torch.nn.Module, tensor: Tensor) -> Tensor:
+        """What a part of the model gives, in the same precision, as float32."""
+        with torch.no_grad(), self.dtype.autocast(self._device):
+            return module(tensor.to(self._weights)).float()
 
-    def _run(self, batch: Batch) -> dict[str, Tensor]:
+    def in_pieces(
+        self, run: Callable[[Tensor], Result], images: Tensor, halved: Callable[[int, int], None] = lambda *_: None
+    ) -> list[Result]:
+        """What `run` gives for as many images at once as the memory holds.
+
+        Args:
+            run: a pass and what is read of it.
+            images: `(B, C, H, W)`.
+            halved: called with the sizes before and after, where memory ran out.
+
+        Raises:
+            UserError: where it does not hold one image.
+        """
         while True:
+            size = len(images) if self.most is None else self.most
             try:
-                pieces = [self._forward(pixels) for pixels in batch.pixels.split(self.most)]
-                break
+                return [run(piece) for piece in images.split(size)]
             except (RuntimeError, MemoryError) as error:
                 if not isinstance(error, MemoryError) and not re.search(OUT_OF_MEMORY, str(error)):
                     raise
-                tried = min(self.most, len(batch.pixels))
-            self._halve(tried, batch)  # out here: the error would keep the failed pass's tensors
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            # out here: the error would keep the failed pass's tensors
+            tried = min(size, len(images))
+            if tried == 1:
+                raise UserError(
+                    f"out of memory on {self._device} with one image a batch; give a smaller --img-size, a smaller "
+                    f"model or another --device"
+                )
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.most = tried // 2
+            halved(tried, self.most)
 
-    def _forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        try:
-            with self.forward.autocast(self.device):
-                self.model.module(pixels.to(self.device, self._dtype, non_blocking=True))
-        except AssertionError as error:  # timm's way to say that an input has the wrong size
-            height, width = pixels.shape[-2:]
-            raise UserError(f"{self.model.spec.name} cannot take images of {height}x{width} pixels: {error}") from None
-        return {name: value.float().cpu() for name, value in self.attention.statistics().items()}
+    def advice(self, what: str) -> str:
+        """What to do about numbers that are NaN or infinite."""
+        return what + (", or take bfloat16, whose range is float32's" if self.dtype.taken == "float16" else "")
 
-    def _halve(self, tried: int, batch: Batch) -> None:
-        if tried == 1:
-            raise UserError(
-                f"out of memory on {self.device} with one image a batch; give a smaller --img-size, a smaller model or "
-                f"another --device"
-            )
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.most = tried // 2
-        self.halvings.append({"shard": list(batch.shard), "from": tried, "to": self.most})
 
-    def _require_finite(self, values: dict[str, Tensor], names: list[str]) -> None:
-        # Infinite is right in one place: where [cls] gives the patches less than float32 can hold.
-        bad = [
-            (value.isnan() if key == "cls_self_attention_ratio" else ~value.isfinite()).any(dim=2)
-            for key, value in values.items()
-        ]
-        images, blocks = torch.stack(bad).any(dim=0).nonzero(as_tuple=True)
-        if len(blocks):
-            first = int(blocks.argmin())
-            advice = "check its weights and the images' preprocessing"
-            if self.forward.taken == "float16":
-                advice += ", or take bfloat16, whose range is float32's"
-            raise UserError(
-                f"the activations of {self.model.spec.name} are NaN or infinite from block {blocks[first]} on (image "
-                f"{names[int(images[first])]}); {advice}"
-            )
+def named(images: Sequence[int], names: Sequence[str] | None) -> str:
+    """A few of some images by name, or by their positions."""
+    words = [str(index if names is None else names[index]) for index in images[:_NAMED]]
+    return ", ".join(words) + (", …" if len(images) > _NAMED else "")

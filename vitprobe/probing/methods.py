@@ -27,10 +27,10 @@ from vitprobe.probing.probe import Probe, ProbeSpec
 from vitprobe.probing.tokens import FrozenModel
 from vitprobe.probing.trained import fall
 from vitprobe.probing.training import Training, heldout_accuracy, select, steps_of_a_pass, test
-from vitprobe.probing.verification import Result
+from vitprobe.probing.verification import TOKENS, TRAINING, Result
+from vitprobe.runs.folder import RunFolder
 
 WATCHED = 512  # held-out images on which losses are taken during training
-TRAINING, TOKENS = "training.safetensors", "tokens"
 Progress = Callable[[str, int, int], Callable[[int], Any]]  # words, images in all, images done → call with more
 
 
@@ -56,13 +56,12 @@ class Outcome:
     anchors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: Progress) -> Outcome:
+def train_probes(plan: Plan, folder: RunFolder, progress: Progress) -> Outcome:
     """Train a bank on the plan's images or on their stored tokens, select, test.
 
     Args:
         plan: what to do.
-        folder: where the training's state is kept, and the tokens.
-        claim: called before anything is written there.
+        folder: where the training's state is kept, and the tokens; claimed before anything is written.
         progress: makes what is called as images are done.
 
     Raises:
@@ -74,7 +73,7 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
     steps = protocol.epochs_for(len(positions)) * steps_of_a_pass(len(positions), protocol.batch_size)
     with ExitStack() as stack:
         frozen = stack.enter_context(plan.frozen())
-        train_feed, test_feed = _feeds(plan, frozen, folder, claim, progress)
+        train_feed, test_feed = _feeds(plan, frozen, folder, progress)
         bank = Bank(
             plan.specs(),
             dim=plan.dim,
@@ -91,8 +90,8 @@ def train_probes(plan: Plan, folder: Path, claim: Callable[[], Any], progress: P
             positions,
             steps,
             protocol.batch_size,
-            folder / TRAINING,
-            claim,
+            folder.path / TRAINING,
+            folder.claim,
             protocol.steps_a_batch,
             protocol.pool_of(protocol.batch_size * bank.bytes_an_image),
             heldout[:WATCHED],
@@ -154,9 +153,7 @@ def _unread(data: LabelledData, which: str, skipped: list[tuple[str, str]]) -> U
     return UserError(f"too few {which} images of {data.name} could be read, the first: {name} ({reason})")
 
 
-def _feeds(
-    plan: Plan, frozen: FrozenModel, folder: Path, claim: Callable[[], Any], progress: Progress
-) -> tuple[Feed, Feed]:
+def _feeds(plan: Plan, frozen: FrozenModel, folder: RunFolder, progress: Progress) -> tuple[Feed, Feed]:
     """Of the training and of the test images."""
     parts = {"train": plan.data.train, "test": plan.data.test}
     size = plan.protocol.batch_size
@@ -165,12 +162,12 @@ def _feeds(
         return train, test
     made_of = {key: plan.manifest[key] for key in ("transform", "dtype", "forward_dtype")}
     made_of["weights"] = plan.manifest["model"]["weights_sha256"]
-    caches = {name: TokenCache(folder / TOKENS / name, frozen, part, made_of) for name, part in parts.items()}
+    caches = {name: TokenCache(folder.path / TOKENS / name, frozen, part, made_of) for name, part in parts.items()}
     missing = {name: cache for name, cache in caches.items() if not cache.complete}
-    _require_room(folder, missing)
+    _require_room(folder.path, missing)
     for name, cache in missing.items():
         bar = progress(f"store {name}", len(parts[name]), cache.done)
-        cache.fill(size, workers=plan.workers, begin=claim, progress=bar)
+        cache.fill(size, workers=plan.workers, begin=folder.claim, progress=bar)
     train, test = (CacheFeed(cache, parts[name], size, plan.device) for name, cache in caches.items())
     return train, test
 
@@ -186,7 +183,7 @@ def _require_room(folder: Path, caches: dict[str, TokenCache]) -> None:
         )
 
 
-def classify_vectors(plan: Plan, folder: Path, claim: Callable[[], Any], progress: Progress) -> Outcome:
+def classify_vectors(plan: Plan, folder: RunFolder, progress: Progress) -> Outcome:
     """k-NN or logistic regression on the vector that each aggregator gives; arguments as of `train_probes`.
 
     Nothing is written.

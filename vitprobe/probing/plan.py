@@ -17,10 +17,10 @@ from vitprobe.data.labelled import LabelledData, open_labelled
 from vitprobe.errors import UserError
 from vitprobe.frozen.device import choose_device
 from vitprobe.models.anatomy.final_norm import find_final_norm
-from vitprobe.models.loaded import LoadedModel, with_transform, without_transform
-from vitprobe.models.loading import load_model
+from vitprobe.models.loaded import LoadedModel, without_transform
 from vitprobe.probing.heldout import held_out
 from vitprobe.probing.knn import fitting
+from vitprobe.probing.options import VerifyOptions
 from vitprobe.probing.probe import ProbeSpec
 from vitprobe.probing.protocols import Protocol
 from vitprobe.probing.tap import Tap
@@ -98,60 +98,39 @@ class Plan:
         ]
 
 
-def make_plan(
-    model: Any,
-    data: Any,
-    aggregators: Sequence[str] | None,
-    protocol: Protocol,
-    *,
-    checkpoint: str | Path | None,
-    arch: str | None,
-    weights_key: str | None,
-    img_size: int | tuple[int, int] | None,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    blocks: Sequence[int] | None,
-    norm: bool | None,
-    dtype: str | None,
-    device: Any,
-    workers: int | None,
-    seed: int,
-    arguments: dict[str, Any],
-) -> Plan:
-    """Load, open and check everything that can be known before the first image; arguments as of `verify`.
+def make_plan(options: VerifyOptions) -> Plan:
+    """Load, open and check everything that can be known before the first image.
 
     Raises:
         UserError: for what cannot be loaded, opened or put together.
     """
-    chosen = choose_device(device)
-    opened = open_labelled(data, seed=seed)
-    loaded = load_model(model, checkpoint=checkpoint, arch=arch, weights_key=weights_key, img_size=img_size)
-    loaded = with_transform(loaded, "model", loaded.transform.size, mean, std)
+    chosen, protocol = choose_device(options.device), options.settled_protocol
+    opened = open_labelled(options.data, seed=options.seed)
+    loaded = options.load()
     labelled = opened.for_model(loaded.transform.wanted)
     remarks = [*labelled.remarks, *labelled.look_at(loaded.spec.name)]
     if labelled.normalised:
         loaded = without_transform(loaded)
-        _require_prepared(labelled, loaded, mean)
+        _require_prepared(labelled, loaded, options)
     undefined: dict[str, str] = {}
-    taps = _taps(loaded, blocks, norm, protocol, undefined)
-    with FrozenModel(loaded, taps, dtype=dtype, device=chosen) as frozen:
-        dim = frozen.dim
-    protocol, dropped = _fitted(protocol, labelled, seed)
-    made = _aggregators(loaded, aggregators, protocol, dim, undefined)
+    taps = _taps(loaded, options, protocol, undefined)
+    with FrozenModel(loaded, taps, dtype=options.dtype, device=chosen) as frozen:
+        dim, forward_dtype = frozen.dim, frozen.forward_dtype
+    protocol, dropped = _fitted(protocol, labelled, options.seed)
+    made = _aggregators(loaded, options.aggregators, protocol, dim, undefined)
     if protocol.method == "cached" and any(each.needs_attention or each.oracle for each in made):
         names = ", ".join(each.name for each in made if each.needs_attention or each.oracle)
         raise UserError(
             f"{names} needs attention, which the cache does not hold: use the protocol fast, knn or logistic"
         )
-    manifest = new_manifest(loaded, chosen, arguments) | {
-        "kind": KIND,
+    manifest = new_manifest(KIND.command, loaded, chosen, options.describe()) | {
         "protocol": protocol.describe(),
         "transform": loaded.transform.describe(),
         "layout": asdict(loaded.layout),
         "undefined": undefined,
-        "forward_dtype": dtype,
+        "forward_dtype": forward_dtype.describe(),
         "data": {
-            "name": labelled.name,
+            "source": labelled.name,
             "fingerprint": labelled.fingerprint,
             "groups_sha256": None,
             "classes": len(labelled.classes),
@@ -163,7 +142,7 @@ def make_plan(
         },
     }
     manifest["remarks"] += [*remarks, *dropped]
-    manifest["model"]["by_name"] = isinstance(model, str | Path)
+    manifest["model"]["by_name"] = isinstance(options.model, str | Path)
     return Plan(
         loaded,
         labelled,
@@ -171,23 +150,22 @@ def make_plan(
         {f"{aggregator.name}@{tap}": (aggregator, tap) for tap in taps for aggregator in made},
         dim,
         chosen,
-        dtype,
-        seed,
-        workers,
+        options.dtype,
+        options.seed,
+        options.workers,
         manifest,
     )
 
 
-def _require_prepared(data: LabelledData, model: LoadedModel, mean: Sequence[float] | None) -> None:
+def _require_prepared(data: LabelledData, model: LoadedModel, options: VerifyOptions) -> None:
     """Raises a UserError for tensors that are not of the model's size, or for a normalisation of them."""
-    if mean is not None:
+    if options.mean is not None:
         raise UserError(
             f"{data.name} is taken as normalised for the model already: leave mean and std out, or give pictures (a "
             f"folder, files)"
         )
     for images in (part.images for part in (data.train, data.test) if part.images.normalised):
-        pixels = images.read(0)
-        assert isinstance(pixels, torch.Tensor)  # as what is normalised already is
+        pixels = torch.as_tensor(images.read(0))  # what is normalised already is a tensor
         size = (pixels.shape[-2], pixels.shape[-1])
         if size != model.transform.size:
             came, takes = ("×".join(map(str, pixels)) for pixels in (size, model.transform.size))
@@ -219,15 +197,9 @@ def _fitted(protocol: Protocol, data: LabelledData, seed: int) -> tuple[Protocol
     return replace(protocol, grid=tuple((grid | {"k": fit}).items())), [said]
 
 
-def _taps(
-    model: LoadedModel,
-    blocks: Sequence[int] | None,
-    norm: bool | None,
-    protocol: Protocol,
-    undefined: dict[str, str],
-) -> list[Tap]:
+def _taps(model: LoadedModel, options: VerifyOptions, protocol: Protocol, undefined: dict[str, str]) -> list[Tap]:
     """The places to read: the last block by default, and the protocol's norms."""
-    count = len(model.anatomy.blocks)
+    count, blocks, norm = len(model.anatomy.blocks), options.blocks, options.norm
     for block in blocks or ():
         if not -count <= block < count:
             raise UserError(f"{model.spec.name} has blocks 0 to {count - 1}, not {block}: choose one of these")

@@ -123,7 +123,8 @@ def save_probe(
         "dim": dim,
         "classes": list(classes),
         "arguments": {key: manifest["arguments"].get(key) for key in _GIVEN},
-        **{key: manifest[key] for key in ("model", "protocol", "data", "forward_dtype")},
+        **{key: manifest[key] for key in ("model", "protocol", "data")},
+        "forward_dtype": manifest["forward_dtype"]["asked"],
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in probe.state_dict().items()}
     path = folder / FOLDER / (re.sub(r"[^\w.+@=,()-]", "_", f"{spec.name}-seed{spec.seed}") + ".safetensors")

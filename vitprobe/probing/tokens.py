@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,8 @@ from vitprobe.attention.view import AttentionView
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
 from vitprobe.frozen.device import choose_device, prepared
-from vitprobe.frozen.dtype import DTYPE_BOUND, choose_dtype, weights_dtype
+from vitprobe.frozen.dtype import DTYPE_BOUND, ForwardDtype, choose_dtype
+from vitprobe.frozen.forward import Forward, named
 from vitprobe.hooks.bystanders import Bystanders
 from vitprobe.hooks.capture import Capture, capture
 from vitprobe.hooks.updates import tensor_of
@@ -32,11 +33,17 @@ from vitprobe.models.loading import load_model
 from vitprobe.probing.stream import Reading, find_readings, require
 from vitprobe.probing.tap import Tap
 
-NAMED = 5  # images that an error names at most
-
 
 class _LastBlockRan(Exception):
     """Ends a forward pass of which nothing more is wanted."""
+
+
+class _Batch(NamedTuple):
+    """The pass under way: its images, their layout, and what has been read, by block."""
+
+    count: int
+    layout: TokenLayout
+    tokens: dict[int, Tensor]
 
 
 class FrozenModel:
@@ -89,14 +96,18 @@ class FrozenModel:
                 "dtype='auto' is for analyze, which measures its error on statistics: give float32, bfloat16 or "
                 "float16, or leave it out"
             )
-        self._forward = choose_dtype(dtype, DTYPE_BOUND, model.module, self.device, lambda _: {})
-        self._dtype = weights_dtype(model.module)
+        settled = choose_dtype(dtype, DTYPE_BOUND, model.module, self.device, lambda _: {})
+        self._forward = Forward(model, self.device, settled)
         self._oracles = {name: _oracle(name, model, dtype, self.device) for name in oracles}
-        self._tokens: dict[int, Tensor] = {}  # of the pass under way, by block
-        self._batch: tuple[int, TokenLayout] | None = None  # images and layout of that pass; None without one
+        self._batch: _Batch | None = None
         self._bystanders = Bystanders(model.anatomy)
         self._capture: Capture | None = None
         self._cleanup: ExitStack | None = None
+
+    @property
+    def forward_dtype(self) -> ForwardDtype:
+        """What the forward pass runs in."""
+        return self._forward.dtype
 
     @cached_property
     def dim(self) -> int:
@@ -131,7 +142,6 @@ class FrozenModel:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         cleanup, self._cleanup, self._capture = self._cleanup, None, None
-        self._tokens.clear()
         if cleanup is not None:
             cleanup.close()
 
@@ -151,33 +161,29 @@ class FrozenModel:
         if self._cleanup is None:
             raise UserError("a FrozenModel gives tokens inside its context: with FrozenModel(…) as frozen: frozen(x)")
         images = images.to(self.device, non_blocking=True)
-        layout = self._run(images)
+        whole = self.attention or self._oracles  # an attention view is of one pass
+        pieces = [self._run(images)] if whole else self._forward.in_pieces(self._run, images)
+        layout, tokens = pieces[0][0], {block: _joined([of[block] for _, of in pieces]) for block in self._blocks}
         oracles = {name: self._asked(name, images) for name in self._oracles}
-        with torch.no_grad():
-            batches = {
-                tap: TokenBatch(self._read(tap, names), layout.canonical, self._attention_of(tap.block), oracles)
-                for tap in self.taps
-            }
-        self._tokens.clear()
-        return batches
+        return {
+            tap: TokenBatch(self._read(tap, tokens, names), layout.canonical, self._attention_of(tap.block), oracles)
+            for tap in self.taps
+        }
 
-    def _run(self, images: Tensor) -> TokenLayout:
-        """One forward pass, as far as it is needed; the images' tokens."""
+    def _run(self, images: Tensor) -> tuple[TokenLayout, dict[int, Tensor]]:
+        """One forward pass, as far as it is needed: which token is what, and the tokens after each block."""
         height, width = images.shape[-2:]
         layout = self.model.anatomy.layout((height, width))
-        self._tokens.clear()
         self._bystanders.ran.clear()
-        self._batch = len(images), layout
+        tokens: dict[int, Tensor] = {}
+        self._batch = _Batch(len(images), layout, tokens)
         try:
-            with torch.inference_mode(), self._forward.autocast(self.device):
-                self.model.module(images.to(self._dtype))
+            self._forward(images)
         except _LastBlockRan:
-            return layout
-        except AssertionError as error:  # timm's way to say that an input has the wrong size
-            raise UserError(f"{self._name} cannot take images of {height}x{width} pixels: {error}") from None
+            return layout, tokens
         finally:
             self._batch = None
-        unseen = next(block for block in self._blocks if block not in self._tokens)
+        unseen = next(block for block in self._blocks if block not in tokens)
         if self._bystanders.ran:
             raise UserError(self._bystanders.advice(self._name, unseen))
         raise UserError(f"{self._name} ran, but its block {unseen} did not: its tokens cannot be read")
@@ -191,51 +197,46 @@ class FrozenModel:
             if self._batch is None or tokens is None:  # a pass that somebody else began
                 return
             if reading.leaves is None:
-                self._take(block, tokens)
+                self._take(block, tokens, self._batch)
             else:  # a copy, as the model may add to it in place
                 entered[:] = [tokens.clone()]
 
         def leaves(module: nn.Module, args: Any, output: Any) -> None:
             if self._batch is not None:
                 tokens = tensor_of(output)
-                self._take(block, tokens + entered.pop() if entered and tokens is not None else output)
+                came = tokens + entered.pop() if entered and tokens is not None else output
+                self._take(block, came, self._batch)
 
         if reading.enters is not None:
             stack.callback(reading.enters.register_forward_pre_hook(enters, with_kwargs=True).remove)
         if reading.leaves is not None:
             stack.callback(reading.leaves.register_forward_hook(leaves).remove)
 
-    def _take(self, block: int, came: Any) -> None:
+    def _take(self, block: int, came: Any, batch: _Batch) -> None:
         """Keep the tokens after a block, and end the pass where they are the last that are read."""
-        assert self._batch is not None
-        tokens = _in_order(tensor_of(came), self.model.anatomy.blocks[block], *self._batch)
+        tokens = _in_order(tensor_of(came), self.model.anatomy.blocks[block], batch.count, batch.layout)
         if tokens is None:
             shape = tuple(getattr(tensor_of(came), "shape", ())) or f"a {type(came).__name__}"
             raise UserError(
                 f"block {block} of {self._name} gave {shape} where (images, tokens, width) with "
-                f"{self._batch[1].num_tokens} tokens was expected: its tokens cannot be read"
+                f"{batch.layout.num_tokens} tokens was expected: its tokens cannot be read"
             )
         # A copy, as later blocks may add to it in place; and not one of inference mode, on which nothing trains.
         with torch.inference_mode(False), torch.no_grad():
-            self._tokens[block] = reordered(tokens, self._batch[1], 1).to(torch.float32, copy=True)
+            batch.tokens[block] = reordered(tokens, batch.layout, 1).to(torch.float32, copy=True)
         if block == self._blocks[-1]:
             raise _LastBlockRan
 
-    def _read(self, tap: Tap, names: Sequence[str] | None) -> Tensor:
-        tokens = self._tokens[tap.block]
-        if tap.norm:
-            assert self._norm is not None
-            with self._forward.autocast(self.device):
-                tokens = self._norm(tokens.to(self._dtype)).float()
+    def _read(self, tap: Tap, of_blocks: dict[int, Tensor], names: Sequence[str] | None) -> Tensor:
+        """The tokens of a tap, checked."""
+        tokens = of_blocks[tap.block]
+        if tap.norm and self._norm is not None:
+            tokens = self._forward.part(self._norm, tokens)
         bad = (~tokens.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
         if bad:
-            named = [str(index if names is None else list(names)[index]) for index in bad[:NAMED]]
-            advice = "check the weights and these images"
-            if self._forward.taken == "float16":
-                advice += ", or take bfloat16, whose range is float32's"
             raise UserError(
                 f"tokens of {self._name} at {tap} are NaN or infinite for {len(bad)} of the batch's images "
-                f"({', '.join(named)}{', …' if len(bad) > NAMED else ''}): {advice}"
+                f"({named(bad, names)}): {self._forward.advice('check the weights and these images')}"
             )
         return tokens
 
@@ -278,6 +279,10 @@ def _renormalised(images: Tensor, mine: ImageTransform, other: ImageTransform) -
     if images.shape[-2:] != other.size:
         images = F.interpolate(images, other.size, mode="bicubic", antialias=True).clamp(0, 1)
     return (images - column(other.mean)) / column(other.std)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _in_order(tokens: Tensor | None, block: nn.Module, batch: int, layout: TokenLayout) -> Tensor | None:

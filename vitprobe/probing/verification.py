@@ -18,15 +18,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from vitprobe.errors import UserError
-from vitprobe.files import disk_errors, write_atomically
+from vitprobe.files import write_atomically
+from vitprobe.probing.saved import FILES as PROBE_FILES
+from vitprobe.probing.saved import FOLDER as PROBES
 from vitprobe.probing.scores import mean_per_class
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.trained import in_words, shortfalls
 from vitprobe.probing.uncertainty import Components, Interval, components, holm
-from vitprobe.runs.folder import check_output, clear_run, read_manifest, write_manifest
+from vitprobe.runs.folder import Kind, RunFolder
 
-KIND = "verification"  # what a manifest says that is of no profile
 CORRECTNESS, ACCURACY = "correctness.safetensors", "accuracy.csv"
+TRAINING, TOKENS = "training.safetensors", "tokens"
+KIND = Kind(
+    "verify",
+    "vitprobe.Verification.load",
+    results=(CORRECTNESS, ACCURACY, f"{PROBES}/{PROBE_FILES}"),
+    unfinished=(TRAINING, f"{TOKENS}/train", f"{TOKENS}/test"),
+)
 MEASURES = ("top1", "top5", "mean_per_class")
 BASELINES = ("cls", "gap")  # what gains are over: the first of them that there is
 
@@ -82,7 +90,7 @@ class Verification:
     ) -> None:
         shapes = {right.shape for result in results for right in (result.top1, result.top5)}
         assert len(shapes) == 1 and next(iter(shapes))[1] == len(images) == len(labels), "results of several runs"
-        self.manifest = {**manifest, "kind": KIND}
+        self.manifest = {**manifest, "command": KIND.command}
         self.images = list(images)
         self.labels = labels
         self.results = list(results)
@@ -106,7 +114,7 @@ class Verification:
     @property
     def data(self) -> str:
         """The labelled set's name."""
-        return self.manifest["data"]["name"]
+        return self.manifest["data"]["source"]
 
     @property
     def num_images(self) -> int:
@@ -254,27 +262,30 @@ class Verification:
             UserError: where the folder holds something already (another run without `overwrite`), or cannot be
                 written.
         """
-        folder = Path(folder)
-        check_output(folder, overwrite, command="verify")
-        clear_run(folder)
-        with disk_errors(folder):
-            (folder / CORRECTNESS).unlink(missing_ok=True)  # lest a kill leave it under the other manifest
-        self.write(folder)
-        return folder
+        place = RunFolder(folder, KIND)
+        place.check(overwrite)
+        with place:
+            place.begin(self.manifest)
+            place.claim()
+            self._write_results(place.path)
+        return place.path
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: RunFolder) -> None:
         """Write the same files into a run's own folder, whatever else is in it.
 
         Raises:
             UserError: where they cannot be written.
         """
+        folder.write_manifest(self.manifest)
+        self._write_results(folder.path)
+
+    def _write_results(self, folder: Path) -> None:
         arrays, said = {"labels": np.ascontiguousarray(self.labels)}, []
         for result in self.results:
             said.append([result.name, result.parameters, dict(result.hyperparameters)])
             arrays[f"{result.name}/top1"] = np.ascontiguousarray(result.top1)
             arrays[f"{result.name}/top5"] = np.ascontiguousarray(result.top5)
         metadata = {_METADATA: json.dumps({"images": self.images, "results": said})}
-        write_manifest(folder, self.manifest)
         write_atomically(folder / CORRECTNESS, save(arrays, metadata=metadata))
         write_atomically(folder / ACCURACY, self.table().to_csv(index=False).encode())
 
@@ -285,9 +296,9 @@ class Verification:
         Raises:
             UserError: where the folder is no verification, is of a newer format, or is not finished.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder, "verify")
-        path = folder / CORRECTNESS
+        place = RunFolder(folder, KIND)
+        manifest = place.read()
+        path = place.path / CORRECTNESS
         if not path.is_file():
             raise UserError(f"{folder} is not finished (there is no {CORRECTNESS}); go on with --resume, or {_AGAIN}")
         try:

@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from datetime import UTC, datetime
-from functools import cache
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vitprobe.data.labelled import has_loader
-from vitprobe.data.transforms import check_normalisation
-from vitprobe.errors import UserError
-from vitprobe.files import disk_errors, partial_of
-from vitprobe.probing.methods import TOKENS, TRAINING, classify_vectors, train_probes
+import torch
+
+from vitprobe.probing.methods import classify_vectors, train_probes
+from vitprobe.probing.options import VerifyOptions
 from vitprobe.probing.plan import Plan, make_plan
-from vitprobe.probing.protocols import Protocol, find_protocol
-from vitprobe.probing.saved import FILES as PROBE_FILES
-from vitprobe.probing.saved import FOLDER as PROBES
+from vitprobe.probing.protocols import Protocol
 from vitprobe.probing.saved import save_probe
-from vitprobe.probing.verification import ACCURACY, CORRECTNESS, Verification
-from vitprobe.runs.folder import MANIFEST, check_output, is_run, read_manifest, write_manifest
-from vitprobe.runs.options import check_resume, check_whole, shown, shown_size, size_of
+from vitprobe.probing.verification import ACCURACY, CORRECTNESS, KIND, Verification
+from vitprobe.runs.folder import RunFolder
+from vitprobe.runs.manifest import now
+from vitprobe.runs.options import Dtype, ImageSize, ModelLike, Numbers, Transform
 from vitprobe.runs.progress import progress_bar
 from vitprobe.runs.same import require_same
 
 
 def verify(
-    model: Any = "mae_vit_nano",
+    model: ModelLike,
     data: Any = None,
     aggregators: Sequence[str] | None = None,
     *,
-    protocol: str | Protocol = "fast",
+    protocol: Literal["fast", "cached", "knn", "logistic"] | Protocol = "fast",
     checkpoint: str | Path | None = None,
     arch: str | None = None,
     weights_key: str | None = None,
-    img_size: int | tuple[int, int] | None = None,
-    mean: float | int | Sequence[float | int] | None = None,
-    std: float | int | Sequence[float | int] | None = None,
+    name: str | None = None,
+    paradigm: str | None = None,
+    transform: Transform = "model",
+    img_size: ImageSize | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
     blocks: Sequence[int] | None = None,
     norm: bool | None = None,
-    dtype: str | None = None,
-    device: Any = None,
+    dtype: Dtype | None = None,
+    device: str | torch.device | None = None,
     workers: int | None = None,
     seed: int = 0,
     independent_seeds: bool = False,
@@ -69,6 +66,9 @@ def verify(
         checkpoint: as for `load_model`.
         arch: as for `load_model`.
         weights_key: as for `load_model`.
+        name: as for `analyze`: what tables and figures call the model.
+        paradigm: as for `analyze`: its place on the paper's axis.
+        transform: as for `analyze`: "model" or "paper".
         img_size: the input size in pixels, where it is not the model's own: a side or (height, width).
         mean: as for `analyze`: subtracted from each channel of a picture.
         std: as for `analyze`: what each channel is divided by.
@@ -91,92 +91,31 @@ def verify(
     Raises:
         UserError: for bad input, in one line; nothing is written then.
     """
-    settled = find_protocol(protocol)
-    if independent_seeds:
-        settled = settled.independent()
-    check_whole(workers=(workers, 0), seed=(seed, 0))
-    check_resume(resume, overwrite, out)
-    if resume and has_loader(data):
-        raise UserError(
-            "a DataLoader gives its images in an order that only it knows, so a run on it cannot be resumed: give the "
-            "data set's folder, or leave --resume out"
-        )
-    asked = [aggregators] if isinstance(aggregators, str) else aggregators
-    img_size = size_of(img_size)
-    normalisation = {"mean": check_normalisation("mean", mean), "std": check_normalisation("std", std)}
-    options = {
-        "checkpoint": checkpoint,
-        "arch": arch,
-        "weights_key": weights_key,
-        "img_size": img_size,
-        "dtype": dtype,
-        "device": device,
-    }
-    arguments = {
-        "model": shown(model),
-        "data": ", ".join(str(shown(part)) for part in data) if isinstance(data, list | tuple) else shown(data),
-        "aggregators": None if asked is None else list(asked),
-        "protocol": str(settled),
-        **{name: shown(value) for name, value in options.items()},
-        "device": None if device is None else str(device),
-        "img_size": shown_size(img_size),
-        **normalisation,
-        "blocks": None if blocks is None else list(blocks),
-        "norm": norm,
-        "workers": workers,
-        "seed": seed,
-        "independent_seeds": independent_seeds,
-        "out": shown(out),
-        "overwrite": overwrite,
-        "resume": resume,
-    }
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        check_output(folder, overwrite, resume, "verify")
-    begun = read_manifest(folder, "verify") if folder is not None and resume and is_run(folder) else None
-    plan = make_plan(
-        model,
-        data,
-        asked,
-        settled,
-        blocks=blocks,
-        norm=norm,
-        workers=workers,
-        seed=seed,
-        arguments=arguments,
-        **normalisation,
-        **options,
-    )
-    with ExitStack() as stack:
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    options = VerifyOptions(**{name: value for name, value in locals().items() if name != "progress"})
+    with RunFolder.of(out, KIND) as folder:
+        folder.check(overwrite, resume)
+        begun = folder.read() if resume and folder.holds_run else None
+        plan = make_plan(options)
         if begun is None:
-            _clear_unfinished(folder)  # another run's, which this one must not go on with
+            folder.clear_unfinished()  # another run's, which this one must not go on with
         else:
-            require_same(folder, begun, plan.manifest)
-            if begun["status"] == "complete" and (folder / CORRECTNESS).is_file():
+            require_same(folder.path, begun, plan.manifest, options.free)
+            if begun["status"] == "complete" and (folder.path / CORRECTNESS).is_file():
                 return _finished(folder)
-
-        @cache
-        def claim() -> None:
-            """Make the folder this run's: not before it has something to write, so that an error costs nothing."""
-            if begun is None:
-                _clear(folder)
-            write_manifest(folder, plan.manifest)
-
-        return _carry_out(plan, folder, claim, progress)
+        folder.begin(plan.manifest, go_on=begun is not None)
+        return _verified(plan, folder, progress)
 
 
-def _finished(folder: Path) -> Verification:
+def _finished(folder: RunFolder) -> Verification:
     """A run that is complete, but for what a kill in its last moment may have left undone."""
-    found = Verification.load(folder)
-    if not (folder / ACCURACY).is_file():
+    found = Verification.load(folder.path)
+    if not (folder.path / ACCURACY).is_file():
         found.write(folder)
-    _clear_unfinished(folder)
+    folder.clear_unfinished()
     return found
 
 
-def _carry_out(plan: Plan, folder: Path, claim: Callable[[], Any], progress: bool | None) -> Verification:
+def _verified(plan: Plan, folder: RunFolder, progress: bool | None) -> Verification:
     """From a plan to the results, in a folder."""
     method = train_probes if plan.protocol.trains else classify_vectors
     with ExitStack() as bars:
@@ -186,11 +125,11 @@ def _carry_out(plan: Plan, folder: Path, claim: Callable[[], Any], progress: boo
             made = progress_bar(f"{plan.model.spec.name}: {words}", total, progress, done=done)
             return bars.enter_context(made).update
 
-        outcome = method(plan, folder, claim, bar)
+        outcome = method(plan, folder, bar)
     lost = plan.aggregators.keys() - {result.name for result in outcome.results}
     manifest = plan.manifest | {
         "status": "complete",
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ended": now(),
         "diverged": outcome.diverged,
         "anchors": outcome.anchors,
         "undefined": plan.manifest["undefined"] | {name: "diverged at every learning rate" for name in sorted(lost)},
@@ -199,46 +138,13 @@ def _carry_out(plan: Plan, folder: Path, claim: Callable[[], Any], progress: boo
         **manifest["data"],
         "skipped": [{"name": name, "reason": reason} for name, reason in outcome.skipped],
     }
-    claim()
+    folder.claim()
     test = plan.data.test
     found = Verification(
         manifest, [test.ids[index] for index in outcome.tested], test.labels[outcome.tested], outcome.results
     )
     for spec, probe in outcome.probes:
-        save_probe(
-            folder,
-            spec,
-            probe,
-            dim=plan.dim,
-            classes=plan.data.classes,
-            manifest=manifest,
-        )
+        save_probe(folder.path, spec, probe, dim=plan.dim, classes=plan.data.classes, manifest=manifest)
     found.write(folder)
-    _clear_unfinished(folder)
+    folder.clear_unfinished()
     return found
-
-
-def _clear(folder: Path) -> None:
-    """Remove a run's own files from its folder, and nothing else; its manifest stays until another replaces it."""
-    _clear_unfinished(folder)
-    with disk_errors(folder):
-        for name in (CORRECTNESS, ACCURACY):
-            (folder / name).unlink(missing_ok=True)
-        for path in (folder / PROBES).glob(PROBE_FILES):
-            path.unlink()
-        with suppress(OSError):  # not there, or it holds something else
-            (folder / PROBES).rmdir()
-
-
-def _clear_unfinished(folder: Path) -> None:
-    """Remove what only an unfinished run needs."""
-    with disk_errors(folder):
-        for name in (MANIFEST, CORRECTNESS, ACCURACY, TRAINING):
-            partial_of(folder / name).unlink(missing_ok=True)
-        for path in (folder / PROBES).glob(partial_of(Path(PROBE_FILES)).name):
-            path.unlink()
-        (folder / TRAINING).unlink(missing_ok=True)
-        for part in ("train", "test"):
-            shutil.rmtree(folder / TOKENS / part, ignore_errors=True)
-        with suppress(OSError):
-            (folder / TOKENS).rmdir()

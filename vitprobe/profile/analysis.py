@@ -4,52 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
 
 from vitprobe.data.batches import Batch
 from vitprobe.data.prefetch import on_their_way
 from vitprobe.data.shards import Share
-from vitprobe.data.transforms import check_normalisation
 from vitprobe.errors import UserError
 from vitprobe.frozen.device import prepared
-from vitprobe.frozen.dtype import DTYPE_BOUND, ForwardDtype, check_dtype, choose_dtype
-from vitprobe.frozen.forward import Measurement
-from vitprobe.hooks.capture import capture, check_kernel
-from vitprobe.models.loaded import LoadedModel
-from vitprobe.profile.profile import Profile
+from vitprobe.frozen.dtype import DTYPE_BOUND, ForwardDtype, choose_dtype
+from vitprobe.hooks.capture import capture
+from vitprobe.profile.begun import Begun, read_begun
+from vitprobe.profile.measuring import Measurement
+from vitprobe.profile.options import AnalyzeOptions
+from vitprobe.profile.profile import KIND, Profile
 from vitprobe.profile.run import Run
-from vitprobe.profile.stopping import check_tolerance
 from vitprobe.profile.work import Work, prepare, require_agreement
-from vitprobe.runs.folder import check_output
-from vitprobe.runs.options import check_resume, check_whole, shown, shown_size, size_of
-from vitprobe.runs.processes import World, joined
+from vitprobe.runs.folder import RunFolder
+from vitprobe.runs.options import Dtype, ImageSize, ModelLike, Numbers, Transform
+from vitprobe.runs.processes import joined
 from vitprobe.runs.progress import progress_bar
-from vitprobe.runs.same import Begun, read_begun, require_same
-from vitprobe.statistics import select
+from vitprobe.runs.same import require_same
 
 
 def analyze(
-    model: str | Path | nn.Module | LoadedModel,
+    model: ModelLike,
     data: Any = None,
     *,
     checkpoint: str | Path | None = None,
     arch: str | None = None,
     weights_key: str | None = None,
+    name: str | None = None,
+    paradigm: str | None = None,
     num_images: int | None = None,
-    transform: str = "model",
-    img_size: int | tuple[int, int] | None = None,
-    mean: float | int | Sequence[float | int] | None = None,
-    std: float | int | Sequence[float | int] | None = None,
+    transform: Transform = "model",
+    img_size: ImageSize | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
     statistics: Sequence[str] | None = None,
     groups: Sequence[str] | Callable[[str], str] | None = None,
     tolerance: float | None = None,
-    dtype: str | None = None,
+    dtype: Dtype | Literal["auto"] | None = None,
     dtype_bound: float = DTYPE_BOUND,
-    kernel: str = "auto",
+    kernel: Literal["auto", "torch", "model"] = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
     device: str | torch.device | None = None,
@@ -71,6 +71,9 @@ def analyze(
         checkpoint: as for `load_model`: a file with the weights of the named model.
         arch: as for `load_model`: the architecture of a checkpoint file.
         weights_key: as for `load_model`: which of several sets of weights in that file.
+        name: what tables and figures call the model; its own name without.
+        paradigm: its place on the paper's axis, as for `load_model`: "MIM", "JEA", "hybrid", "supervised", "VLM"; what
+            is known of the model without.
         num_images: analyse this many, drawn at random without replacement (from a DataLoader or a stream: its first
             ones); all of them without.
         transform: "model" (the model's own preprocessing) or "paper" (shorter side to 256 for a 224 crop, bicubic,
@@ -110,121 +113,77 @@ def analyze(
     Raises:
         UserError: for bad input, in one line; nothing is written then.
     """
-    check_tolerance(tolerance)
-    check_dtype(dtype, dtype_bound)
-    if dtype != "auto" and float(dtype_bound) != DTYPE_BOUND:
-        raise UserError(
-            f"dtype_bound={dtype_bound:g} is for dtype='auto' (--dtype auto): give that too, or leave it out"
-        )
-    check_kernel(kernel)
-    img_size = size_of(img_size)
-    arguments = {
-        "model": shown(model),
-        "checkpoint": shown(checkpoint),
-        "arch": arch,
-        "weights_key": weights_key,
-        "data": shown(data),
-        "num_images": num_images,
-        "transform": transform,
-        "img_size": shown_size(img_size),
-        "mean": check_normalisation("mean", mean),
-        "std": check_normalisation("std", std),
-        "statistics": None if statistics is None else list(statistics),
-        "groups": None if groups is None else "given",
-        "tolerance": tolerance if tolerance is None else float(tolerance),
-        "dtype": dtype,
-        "dtype_bound": float(dtype_bound),
-        "kernel": kernel,
-        "batch_size": batch_size,
-        "workers": workers,
-        "device": None if device is None else str(device),
-        "seed": seed,
-        "out": shown(out),
-        "overwrite": overwrite,
-        "resume": resume,
-        "distributed": distributed,
-    }
-    select(statistics)
-    check_whole(num_images=(num_images, 1), batch_size=(batch_size, 1), workers=(workers, 0), seed=(seed, 0))
-    check_resume(resume, overwrite, out)
-    folder = None if out is None else Path(out)
-    with joined(distributed) as world:
-        if world.size > 1 and folder is None:
+    options = AnalyzeOptions(**{name: value for name, value in locals().items() if name != "progress"})
+    with joined(distributed) as world, RunFolder.of(out, KIND) as folder:
+        if world.size > 1 and folder.temporary:
             raise UserError("several processes put their values into one folder: give --out DIR, which all of them see")
-        if folder is not None:
-            world.together(lambda: check_output(folder, overwrite, resume))
-        begun = world.on_first(lambda: read_begun(folder)) if folder is not None and resume else None
-        work = world.together(lambda: prepare(model, checkpoint, data, groups, device, arguments, world))
+        world.together(lambda: folder.check(overwrite, resume))
+        begun = world.on_first(lambda: read_begun(folder)) if resume else None
+        work = world.together(lambda: prepare(options, world))
         manifests = world.gather(work.manifest)
         require_agreement(manifests)
         work.manifest["batch_size"] = min(manifest["batch_size"] for manifest in manifests)
         if begun is not None:
-            assert folder is not None
-            require_same(folder, begun.manifest, work.manifest)
+            require_same(folder.path, begun.manifest, work.manifest, options.free)
             if begun.complete:
-                return Profile.load(folder)
+                return Profile.load(folder.path)
             work.manifest["batch_size"] = begun.manifest["batch_size"]
-        return _go(work, Run(work.manifest, folder, world, begun), _share(world, begun), progress)
+        run = Run(options, work.manifest, folder, world, begun)
+        try:
+            return _measure_all(work, run, progress)
+        except KeyboardInterrupt:
+            run.interrupt()
+            raise
+        except BaseException as error:
+            kept = run.abandon()
+            if kept and isinstance(error, UserError):
+                raise UserError(f"{error}; the {kept} images finished before are kept in {folder.path}") from error
+            raise
 
 
-def _go(work: Work, run: Run, share: Share, progress: bool | None) -> Profile:
+def _measure_all(work: Work, run: Run, progress: bool | None) -> Profile:
     """This process's share of the work, one batch after the other."""
-    module, manifest = work.model.module, work.manifest
-    statistics = manifest["arguments"]["statistics"]
+    options, world, begun = work.options, run.world, run.begun
+    share = Share(world.rank, world.size) if begun is None else begun.rest(world.rank, world.size)
     batches = work.batches(share)
-    bar = progress_bar(work.model.spec.name, work.total(share), progress if run.world.first else False)
-    try:
-        # Batches closed, or reading processes would outlive an error.
-        with (
-            prepared(module, work.device),
-            closing(batches),
-            bar,
-            capture(
-                work.model, keep="statistics", statistics=statistics, kernel=manifest["arguments"]["kernel"]
-            ) as attention,
-            torch.inference_mode(),
-        ):
-            measure = Measurement(work.model, attention, work.device, manifest["batch_size"], manifest["out_of_memory"])
-            for batch in on_their_way(_settle_dtype(work, run, measure, batches), work.device):
-                finished = run.add(batch, measure(batch) if len(batch) else None, attention)
-                bar.update(len(batch) + len(batch.skipped))
-                if finished and run.enough():
-                    break
-        return run.finish()
-    except KeyboardInterrupt:
-        run.interrupt()
-        raise
-    except BaseException as error:
-        kept = run.abandon()
-        if kept and isinstance(error, UserError):
-            raise UserError(f"{error}; the {kept} images finished before are kept in {run.folder}") from error
-        raise
+    # Batches closed, or reading processes would outlive an error.
+    with (
+        prepared(work.model.module, work.device),
+        closing(batches),
+        progress_bar(work.model.spec.name, work.total(share), progress if world.first else False) as bar,
+        capture(work.model, keep="statistics", statistics=options.statistics, kernel=options.kernel) as attention,
+        torch.inference_mode(),
+    ):
+        manifest = work.manifest
+        measure = Measurement(work.model, attention, work.device, manifest["batch_size"], manifest["out_of_memory"])
+        read = _to_first_image(batches)
+        manifest["forward_dtype"] = world.on_first(lambda: _settled_dtype(work, measure, read, begun).describe())
+        measure.forward.dtype = ForwardDtype.from_description(manifest["forward_dtype"])
+        for batch in on_their_way(chain(read, batches), work.device):
+            finished = run.add(batch, measure(batch) if len(batch) else None, attention)
+            bar.update(len(batch) + len(batch.skipped))
+            if finished and run.enough():
+                break
+    return run.finish()
 
 
-def _settle_dtype(work: Work, run: Run, measure: Measurement, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Settle what the forward pass runs in, for all processes and sittings alike; gives the batches on."""
-    asked, bound = work.manifest["arguments"]["dtype"], work.manifest["arguments"]["dtype_bound"]
+def _to_first_image(batches: Iterator[Batch]) -> list[Batch]:
+    """Batches up to the first with a readable image."""
     read: list[Batch] = []
-
-    def trial(dtype: ForwardDtype) -> dict[str, Tensor]:
-        while not (read and len(read[-1])) and (batch := next(batches, None)) is not None:
-            read.append(batch)
-        return measure.trial(read[-1], dtype) if read else {}
-
-    def choose() -> dict[str, Any]:
-        if run.begun is not None:
-            return run.begun.manifest["forward_dtype"]
-        layout = lambda: measure.attention.layout  # noqa: E731
-        return choose_dtype(asked, bound, work.model.module, work.device, trial, layout).describe()
-
-    work.manifest["forward_dtype"] = run.world.on_first(choose)
-    measure.forward = ForwardDtype.from_description(work.manifest["forward_dtype"])
-    yield from read
-    yield from batches
+    while not (read and len(read[-1])) and (batch := next(batches, None)) is not None:
+        read.append(batch)
+    return read
 
 
-def _share(world: World, begun: Begun | None) -> Share:
-    """What this process has to do."""
-    if begun is None:
-        return Share(world.rank, world.size)
-    return Share(world.rank, world.size, begun.done, begun.ended)
+def _settled_dtype(work: Work, measure: Measurement, read: list[Batch], begun: Begun | None) -> ForwardDtype:
+    """What the forward pass runs in, for all processes and sittings alike: with "auto" as the first images show."""
+    if begun is not None:
+        return ForwardDtype.from_description(begun.manifest["forward_dtype"])
+    return choose_dtype(
+        work.options.dtype,
+        work.options.dtype_bound,
+        work.model.module,
+        work.device,
+        lambda dtype: measure.trial(read[-1], dtype) if read else {},
+        lambda: measure.attention.layout,
+    )

@@ -18,9 +18,12 @@ from vitprobe.files import write_atomically
 from vitprobe.layout import TokenLayout, layout_from
 from vitprobe.profile.diagnosis import Diagnosis, diagnose
 from vitprobe.profile.intervals import Estimate, Running, group_sizes, statistic_bounds
-from vitprobe.profile.values import MemoryValues, ShardValues
-from vitprobe.runs.folder import check_output, clear_run, read_manifest, write_manifest
+from vitprobe.profile.values import SHARD_FOLDER, SHARDS, ShardValues
+from vitprobe.runs.folder import Kind, RunFolder
 from vitprobe.statistics import STATISTICS, select
+
+SUMMARIES = ("summary.csv", "summary.parquet")
+KIND = Kind("analyze", "vitprobe.Profile.load", results=(f"{SHARD_FOLDER}/{SHARDS}", *SUMMARIES))
 
 # What `summary` shows: the paper's three, and the two that explain them.
 SUMMARY = (
@@ -42,7 +45,7 @@ class Profile:
         values: the values themselves (`.names`, `.groups`, `.read(statistic)` → `(n, blocks, heads)`).
     """
 
-    def __init__(self, manifest: dict[str, Any], values: MemoryValues | ShardValues) -> None:
+    def __init__(self, manifest: dict[str, Any], values: ShardValues) -> None:
         self.manifest = manifest
         self.values = values
 
@@ -223,22 +226,22 @@ class Profile:
             UserError: where the folder holds something already (another run without `overwrite`), or cannot be
                 written.
         """
-        folder = Path(folder)
-        on_disk = isinstance(self.values, ShardValues) and self.values.folder.resolve() == folder.resolve()
-        if not on_disk:
-            check_output(folder, overwrite)
-            clear_run(folder)
-            write_manifest(folder, self.manifest)
-            written = ShardValues(folder)
-            for shard in self.values.shards():
-                written.add(shard)
+        place = RunFolder(folder, KIND)
+        if self.values.folder.resolve() != place.path.resolve():
+            place.check(overwrite)
+            with place:
+                place.begin(self.manifest)
+                place.claim()
+                written = ShardValues(place.path)
+                for shard in self.values.shards():
+                    written.add(shard)
         table = self.table()
-        write_atomically(folder / "summary.csv", table.to_csv(index=False).encode())
+        write_atomically(place.path / "summary.csv", table.to_csv(index=False).encode())
         parquet = io.BytesIO()
         table.to_parquet(parquet, index=False)
-        write_atomically(folder / "summary.parquet", parquet.getvalue())
-        write_manifest(folder, self.manifest)
-        return folder
+        write_atomically(place.path / "summary.parquet", parquet.getvalue())
+        place.write_manifest(self.manifest)
+        return place.path
 
     @classmethod
     def load(cls, folder: str | Path) -> Profile:
@@ -247,9 +250,9 @@ class Profile:
         Raises:
             UserError: where the folder is no run, is of a newer format, or holds no finished shard.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        values = ShardValues(folder)
+        place = RunFolder(folder, KIND)
+        manifest = place.read()
+        values = ShardValues(place.path)
         if not values.names:
             raise UserError(f"{folder} holds no finished shard; analyze again with --overwrite")
         return cls(manifest, values)

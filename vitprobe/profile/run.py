@@ -7,8 +7,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,35 +14,32 @@ import numpy as np
 from vitprobe.data.batches import Batch, Key
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import Capture
+from vitprobe.profile.begun import Begun
+from vitprobe.profile.options import AnalyzeOptions
 from vitprobe.profile.profile import Profile
 from vitprobe.profile.stopping import Stopper
-from vitprobe.profile.values import Arrays, MemoryValues, Shard, ShardValues
-from vitprobe.runs.folder import (
-    check_output,
-    clear_results,
-    clear_run,
-    clear_unfinished,
-    read_manifest,
-    write_manifest,
-)
+from vitprobe.profile.values import Arrays, Shard, ShardValues
+from vitprobe.runs.folder import RunFolder
+from vitprobe.runs.manifest import now
 from vitprobe.runs.processes import World
-from vitprobe.runs.same import Begun
 
 
 class Run:
     """Where an analysis puts its values. Its folder is claimed when the first batch has gone well.
 
     Attributes:
+        options: what is asked for.
         manifest: what the run is made of, so far.
-        folder: where it goes; None for memory.
-        values: the shards that this process has finished.
-        stopper: with a tolerance, once the folder is claimed: what tells when the shards are enough.
+        folder: where it goes.
+        values: the shards finished so far, once the folder is claimed.
+        stopper: with a tolerance, from then on: what tells when the shards are enough.
     """
 
-    def __init__(self, manifest: dict[str, Any], folder: Path | None, world: World, begun: Begun | None) -> None:
-        self.manifest, self.folder, self.world, self.begun = manifest, folder, world, begun
-        self.values: MemoryValues | ShardValues = MemoryValues()
-        self.claimed = False
+    def __init__(
+        self, options: AnalyzeOptions, manifest: dict[str, Any], folder: RunFolder, world: World, begun: Begun | None
+    ) -> None:
+        self.options, self.manifest, self.folder, self.world, self.begun = options, manifest, folder, world, begun
+        self.values: ShardValues | None = None
         self.stopper: Stopper | None = None
         self._began = time.perf_counter()
         self._filling: list[tuple[Batch, Arrays]] = []
@@ -52,11 +47,11 @@ class Run:
 
     def add(self, batch: Batch, values: Arrays | None, attention: Capture) -> bool:
         """Take a batch and its values (None where no image was readable); whether a shard was finished by it."""
-        if len(batch.shard) > 1 and self.manifest["arguments"]["tolerance"] is not None:
+        if len(batch.shard) > 1 and self.options.tolerance is not None:
             raise UserError(
                 "a stream comes in its own order, and --tolerance draws images at random: give a folder, tar or list"
             )
-        if values is not None and not self.claimed:
+        if values is not None and self.values is None:
             self._claim(attention)
         self._filling.append((batch, values or {}))
         if batch.last:
@@ -68,14 +63,12 @@ class Run:
 
         Process 0 decides, and says so in the manifest; the others hear of it after the shard that they are at.
         """
-        if self.stopper is None:
+        if self.stopper is None or self.values is None:
             return False
         if not self.world.first:
-            assert self.folder is not None  # of several processes
-            return "stopping" in read_manifest(self.folder)
+            return "stopping" in self.folder.read()
         if self.stopper.follow(self.values) and self.world.size > 1:
-            assert self.folder is not None
-            write_manifest(self.folder, {**self.manifest, "stopping": self.stopper.describe()})
+            self.folder.write_manifest({**self.manifest, "stopping": self.stopper.describe()})
         return self.stopper.enough
 
     def finish(self) -> Profile:
@@ -85,39 +78,32 @@ class Run:
             UserError: where no image could be read, or shards of other processes are not to be seen.
         """
         self._close(whole=True)
-        if not self.claimed:
-            self._claim(None)
+        values = self._claim(None) if self.values is None else self.values
         notes = self.world.gather(self.manifest["out_of_memory"])
         self.manifest["out_of_memory"] = [note for of_process in notes for note in of_process]
-        self.world.on_first(lambda: self._conclude("complete"))
-        return self.profile
+        self.world.on_first(lambda: self._conclude("complete", values))
+        return Profile(self.manifest, self.values or values)
 
     def interrupt(self) -> None:
         """Ctrl-C came: keep what is done, also of the shard in flight."""
-        if not self.claimed:
+        if self.values is None or self.folder.temporary:
             return
         self._close(whole=False)
         if self.world.first:
-            self._conclude("interrupted")
+            self._conclude("interrupted", self.values)
 
     def abandon(self) -> int:
         """After an error: how many images are kept in finished shards; without any, no folder is left."""
-        if self.folder is None or not self.claimed:
+        if self.values is None or self.folder.temporary:
             return 0
         kept = len(self.values.names)
         with suppress(UserError, OSError):  # the disk may be why we are here
             if kept or self.begun or self.world.size > 1:
                 if self.world.first:
-                    write_manifest(self.folder, {**self.manifest, "status": "failed"})
+                    self.folder.write_manifest({**self.manifest, "status": "failed"})
             else:
-                clear_run(self.folder)
-                self.folder.rmdir()  # unless it holds something else
+                self.folder.leave()
         return kept
-
-    @property
-    def profile(self) -> Profile:
-        """The result so far."""
-        return Profile(self.manifest, self.values)
 
     def _close(self, whole: bool) -> None:
         """The shard that is filling is full, or as full as it gets."""
@@ -134,12 +120,12 @@ class Run:
             ends=whole and batches[-1].ends,
         )
         self._filling = []
-        if self.claimed:
-            self.values.add(shard, batches[0].shard)
-        else:
+        if self.values is None:
             self._early.append((batches[0].shard, shard))
+        else:
+            self.values.add(shard, batches[0].shard)
 
-    def _claim(self, attention: Capture | None) -> None:
+    def _claim(self, attention: Capture | None) -> ShardValues:
         """From here on the run is worth keeping. Every process comes here once: some with a batch, some without."""
         said = self.world.gather((_facts(attention), [bad for _, shard in self._early for bad in shard.skipped]))
         facts: list[Mapping[str, Any]] = [fact for fact, _ in said if fact is not None]
@@ -155,43 +141,37 @@ class Run:
                 "images of several sizes came, to one process or another, or before --resume: give one size"
             )
         self.manifest.update(facts[0])
-        self.claimed = True
-        if self.folder is not None:
-            self.world.on_first(self._open_folder)
-            self.values = ShardValues(self.folder)
+        self.world.on_first(self._open_folder)
+        self.values = values = self._on_disk()
         for key, shard in self._early:
-            self.values.add(shard, key)
-        self.stopper = self._new_stopper()
+            values.add(shard, key)
+        if self.options.tolerance is not None:
+            grouped, signed = self.manifest["data"]["grouped"], bool(self.manifest["signed"])
+            self.stopper = Stopper(self.options.tolerance, Profile(self.manifest, values).layout, signed, grouped)
+        return values
 
-    def _new_stopper(self) -> Stopper | None:
-        arguments = self.manifest["arguments"]
-        if arguments["tolerance"] is None:
-            return None
-        grouped, signed = self.manifest["data"]["grouped"], bool(self.manifest["signed"])
-        return Stopper(arguments["tolerance"], self.profile.layout, signed, grouped)
+    def _on_disk(self) -> ShardValues:
+        """What is in the folder, of all processes."""
+        return ShardValues(self.folder.path, self.folder.keeper)
 
     def _open_folder(self) -> None:
-        assert self.folder is not None
         if self.begun is None:
-            check_output(self.folder, overwrite=True)
-            clear_results(self.folder)
+            self.folder.check(overwrite=True)
         else:
-            clear_unfinished(self.folder)
             before = self.begun.manifest
             self.manifest["started"] = before.get("started", self.manifest["started"])
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            self.manifest["resumed"] = [*before.get("resumed", []), now]
+            self.manifest["resumed"] = [*before.get("resumed", []), now()]
             self.manifest["out_of_memory"][:0] = before.get("out_of_memory", [])
             self._began -= before.get("wall_seconds", 0)
-        write_manifest(self.folder, self.manifest)
+        self.folder.begin(self.manifest, go_on=self.begun is not None)
+        self.folder.claim()
 
-    def _conclude(self, status: str) -> None:
+    def _conclude(self, status: str, values: ShardValues) -> None:
         """Process 0: the manifest's last word, and the summary."""
-        if self.folder is not None and self.world.size > 1:
-            self.values = ShardValues(self.folder)  # with what the others wrote
-        values = self.values
+        if self.world.size > 1:
+            values = self._on_disk()  # with what the others wrote
         if self.stopper is not None and status == "complete":
-            if self.stopper.follow(values) and isinstance(values, ShardValues):
+            if self.stopper.follow(values):
                 values.keep(self.stopper.shards)
                 self.manifest["data"]["shards"] = self.stopper.shards
             self.manifest["stopping"] = self.stopper.describe()
@@ -205,17 +185,17 @@ class Run:
         if status == "complete":
             self._say_too_few(len(values.names) + len(values.skipped))
         shards = self.manifest["data"].get("shards")
-        if isinstance(values, ShardValues) and status == "complete" and shards not in (None, len(values.heads)):
+        if status == "complete" and shards not in (None, len(values.heads)):
             raise UserError(
-                f"{len(values.heads)} of the {shards} shards are in {self.folder}: --out must be a folder that every "
-                f"process sees, on a disk that the machines share"
+                f"{len(values.heads)} of the {shards} shards are in {self.folder.path}: --out must be a folder that "
+                f"every process sees, on a disk that the machines share"
             )
-        if self.folder is not None:
-            self.profile.save(self.folder)
+        self.values = values
+        Profile(self.manifest, values).save(self.folder.path)
 
     def _say_too_few(self, came: int) -> None:
         """A remark where fewer images came than were asked for, and not because they were enough."""
-        asked = self.manifest["arguments"]["num_images"]
+        asked = self.options.num_images
         if asked is not None and came < asked and not (self.stopper is not None and self.stopper.enough):
             self.manifest["remarks"] = [
                 *self.manifest["remarks"],

@@ -27,7 +27,7 @@ from jaxtyping import Bool, Float
 from vitprobe.errors import UserError
 from vitprobe.layout import TokenLayout
 from vitprobe.profile.intervals import on_log_scale, sequence_half_width, statistic_bounds
-from vitprobe.profile.values import MemoryValues, Shard, ShardValues
+from vitprobe.profile.values import Shard, ShardValues
 from vitprobe.statistics import STATISTICS
 
 FEWEST_GROUPS = 64
@@ -177,7 +177,7 @@ class Stopper:
         self.enough = not self.unknown
         return self.enough
 
-    def follow(self, values: MemoryValues | ShardValues) -> bool:
+    def follow(self, values: ShardValues) -> bool:
         """Take the shards that have come, in order, up to the first that is missing; whether there are enough.
 
         Shards after the one that made them enough are left aside, so `shards` is the same whoever computed them.

@@ -1,4 +1,4 @@
-"""The values of a run, one an image, block and head: in memory, or in shards on disk that are read when asked for."""
+"""The values of a run, one an image, block and head, in shards on disk that are read when asked for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -46,92 +46,22 @@ class Shard:
     ends: bool = False
 
 
-class Values(Protocol):
-    """All values of a run."""
-
-    @property
-    def names(self) -> list[str]:
-        """The images' names, shard by shard."""
-        ...
-
-    @property
-    def groups(self) -> list[str]:
-        """The images' groups."""
-        ...
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """Name and reason of each image that could not be read."""
-        ...
-
-    def statistics(self) -> list[str]:
-        """Names of the statistics that there are values of."""
-        ...
-
-    def read(self, statistic: str) -> Float32[np.ndarray, "image block head"]:
-        """Every image's values of one statistic."""
-        ...
-
-    def parts(self, statistic: str) -> Iterator[tuple[Float32[np.ndarray, "image block head"], list[str]]]:
-        """The same a shard at a time, each with the groups of its images."""
-        ...
-
-    def shards(self) -> Iterator[Shard]:
-        """The values shard by shard."""
-        ...
-
-
-@dataclass
-class MemoryValues:
-    """Values held in memory."""
-
-    pieces: list[Shard] = field(default_factory=list)
-
-    @property
-    def names(self) -> list[str]:
-        """The images' names."""
-        return [name for piece in self.pieces for name in piece.names]
-
-    @property
-    def groups(self) -> list[str]:
-        """The images' groups."""
-        return [group for piece in self.pieces for group in piece.groups]
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """Name and reason of each image that could not be read."""
-        return [bad for piece in self.pieces for bad in piece.skipped]
-
-    def statistics(self) -> list[str]:
-        """Names of the statistics."""
-        return next((list(piece.arrays) for piece in self.pieces if piece.arrays), [])
-
-    def read(self, statistic: str) -> Float32[np.ndarray, "image block head"]:
-        """Every image's values of one statistic."""
-        return np.concatenate([values for values, _ in self.parts(statistic)])
-
-    def parts(self, statistic: str) -> Iterator[tuple[Float32[np.ndarray, "image block head"], list[str]]]:
-        """The same a piece at a time, each with the groups of its images."""
-        yield from ((piece.arrays[statistic], piece.groups) for piece in self.pieces if piece.arrays)
-
-    def shards(self) -> Iterator[Shard]:
-        """The pieces as they were added."""
-        yield from self.pieces
-
-    def shard(self, number: int) -> Shard | None:
-        """The shard of this number; None where it has not come."""
-        return self.pieces[number] if number < len(self.pieces) else None
-
-    def add(self, piece: Shard, key: Key | None = None) -> None:
-        """Append the images of one shard; shards come in order here, so `key` adds nothing."""
-        self.pieces.append(piece)
-
-
 class ShardValues:
-    """Values in the shards of a run's folder, in the order of their keys; arrays stay on disk until they are read."""
+    """Values in the shards of a run's folder, in the order of their keys; arrays stay on disk until they are read.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path, keeper: Any = None) -> None:
+        """Reads what the shards say, but not their arrays.
+
+        Args:
+            folder: of the run.
+            keeper: lives as long as these values: a temporary folder goes with it.
+        """
         self.folder = folder.absolute()  # read later, when the process may have gone elsewhere
+        self._keeper = keeper
         self._heads: dict[Key, Shard] = {}  # without the arrays' contents
         self._statistics: list[str] = []
         for path in (self.folder / SHARD_FOLDER).glob(SHARDS):

@@ -7,14 +7,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from vitprobe.data.batches import Batch, default_workers, iterate_loader
-from vitprobe.data.images import Groups, Images, LoaderImages
+from vitprobe.data.images import Images, LoaderImages
 from vitprobe.data.looking import look_at
 from vitprobe.data.shards import SHARD_IMAGES, Share, cut_loader, iterate_shards
 from vitprobe.data.sources import open_images
@@ -22,10 +21,10 @@ from vitprobe.data.streams import StreamImages, iterate_stream
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
 from vitprobe.frozen.device import choose_batch_size, choose_device
-from vitprobe.models.loaded import LoadedModel, with_transform, without_transform
-from vitprobe.models.loading import load_model
+from vitprobe.models.loaded import LoadedModel, without_transform
+from vitprobe.profile.options import AnalyzeOptions
+from vitprobe.profile.profile import KIND
 from vitprobe.runs.manifest import new_manifest
-from vitprobe.runs.options import size_of
 from vitprobe.runs.processes import World
 from vitprobe.runs.torchrun import local_processes, local_rank
 
@@ -39,9 +38,11 @@ class Work:
         images: the source.
         transform: from a picture to what the model expects.
         device: where the model is to run.
-        manifest: what the run is made of; `arguments` among it.
+        manifest: what the run is made of.
+        options: what is asked for.
     """
 
+    options: AnalyzeOptions
     model: LoadedModel
     images: Images
     transform: ImageTransform
@@ -50,12 +51,12 @@ class Work:
 
     def batches(self, share: Share) -> Generator[Batch, None, None]:
         """The batches of a share, in the order of the draw."""
-        if self.images.normalised and self.manifest["arguments"]["img_size"] is not None:
+        if self.images.normalised and self.options.img_size is not None:
             return _of_size(self._batches(share), self.transform.size)
         return self._batches(share)
 
     def _batches(self, share: Share) -> Generator[Batch, None, None]:
-        num_images = self.manifest["arguments"]["num_images"]
+        num_images = self.options.num_images
         if isinstance(self.images, LoaderImages):
             return cut_loader(iterate_loader(self.images), num_images)
         size, pin = self.manifest["batch_size"], self.device.type == "cuda"
@@ -69,14 +70,14 @@ class Work:
     @cached_property
     def order(self) -> Sequence[int]:
         """Positions of the images, in the order in which they are analysed: as they come, or as they were drawn."""
-        num_images, seed, tolerance = (self.manifest["arguments"][key] for key in ("num_images", "seed", "tolerance"))
-        if num_images is None and tolerance is None:
+        num_images = self.options.num_images
+        if num_images is None and self.options.tolerance is None:
             return range(len(self.images))
-        return np.random.default_rng(seed).permutation(len(self.images))[:num_images].tolist()
+        return np.random.default_rng(self.options.seed).permutation(len(self.images))[:num_images].tolist()
 
     def total(self, share: Share) -> int | None:
         """How many images a share has, as far as that is known."""
-        num_images = self.manifest["arguments"]["num_images"]
+        num_images = self.options.num_images
         if isinstance(self.images, StreamImages):
             return None if num_images is None else num_images // share.size
         if isinstance(self.images, LoaderImages):
@@ -85,44 +86,33 @@ class Work:
         return sum(min(SHARD_IMAGES, total - number * SHARD_IMAGES) for number in share.shards(total))
 
     def _workers(self, n_images: int | None) -> int:
-        workers = self.manifest["arguments"]["workers"]
+        workers = self.options.workers
         return default_workers(n_images, processes=local_processes()) if workers is None else workers
 
 
-def prepare(
-    model: Any,
-    checkpoint: str | Path | None,
-    data: Any,
-    groups: Groups,
-    device: str | torch.device | None,
-    arguments: dict[str, Any],
-    world: World,
-) -> Work:
+def prepare(options: AnalyzeOptions, world: World) -> Work:
     """All that is known before the first batch.
 
     Raises:
         UserError: for what cannot be loaded or opened, or a source that several processes cannot share.
     """
-    chosen = choose_device(device, local_rank() if world.size > 1 else None)
-    images = open_images(data, groups=groups)
-    if isinstance(images, LoaderImages) and (arguments["resume"] or world.size > 1):
+    chosen = choose_device(options.device, local_rank() if world.size > 1 else None)
+    images = open_images(options.data, groups=options.groups)
+    if isinstance(images, LoaderImages) and (options.resume or world.size > 1):
         raise UserError(
             "a DataLoader gives its images in an order that only it knows, so they can neither be shared by processes "
             "nor resumed; give the data set's folder or a list"
         )
-    img_size, mean, std = size_of(arguments["img_size"]), arguments["mean"], arguments["std"]
-    arch, weights_key = arguments["arch"], arguments["weights_key"]
-    loaded = load_model(model, checkpoint=checkpoint, arch=arch, weights_key=weights_key, img_size=img_size)
-    loaded = with_transform(loaded, arguments["transform"], img_size or loaded.transform.size, mean, std)
+    loaded = options.load()
     transform = loaded.transform
     images = images.for_model(transform.wanted)
     remarks = look_at(images, loaded.spec.name)
     if images.normalised:
-        _require_unprepared(images, arguments)
+        _require_unprepared(images, options)
         loaded = without_transform(loaded)
     layout, width = loaded.anatomy.layout(transform.size), loaded.anatomy.width or 768
-    batch_size = arguments["batch_size"] or choose_batch_size(layout, width, chosen, local_processes())
-    manifest = new_manifest(loaded, chosen, arguments) | {
+    batch_size = options.batch_size or choose_batch_size(layout, width, chosen, local_processes())
+    manifest = new_manifest(KIND.command, loaded, chosen, options.describe()) | {
         "batch_size": min(int(batch_size), SHARD_IMAGES),
         "processes": world.size,
         "out_of_memory": [],
@@ -132,14 +122,14 @@ def prepare(
             "images": None,
             "left_out": images.left_out.names,
             "fingerprint": images.fingerprint(),
-            "grouped": groups is not None or images.groups != images.names,  # whether images share groups
-            "groups_sha256": None if groups is None else sha256("\0".join(images.groups).encode()).hexdigest(),
+            "grouped": options.groups is not None or images.groups != images.names,  # whether images share groups
+            "groups_sha256": None if options.groups is None else sha256("\0".join(images.groups).encode()).hexdigest(),
         },
     }
-    manifest["remarks"] += [*remarks, *_unheeded(images, arguments)]
-    work = Work(loaded, images, transform, chosen, manifest)
+    manifest["remarks"] += [*remarks, *_unheeded(images, options)]
+    work = Work(options, loaded, images, transform, chosen, manifest)
     if isinstance(images, LoaderImages | StreamImages):
-        known = (getattr(images, "announced", None), arguments["num_images"])
+        known = (getattr(images, "announced", None), options.num_images)
         manifest["data"]["images"] = min((count for count in known if count is not None), default=None)
     else:
         manifest["data"]["images"] = len(work.order)
@@ -147,23 +137,23 @@ def prepare(
     return work
 
 
-def _unheeded(images: Images, arguments: dict[str, Any]) -> list[str]:
+def _unheeded(images: Images, options: AnalyzeOptions) -> list[str]:
     """What is said of options that a source or a shard leaves no room for."""
     said = []
-    if (arguments["batch_size"] or 0) > SHARD_IMAGES:
-        said.append(f"batch_size {arguments['batch_size']}: a batch is cut at the {SHARD_IMAGES} images of a shard")
-    if images.normalised and arguments["transform"] == "paper":
+    if (options.batch_size or 0) > SHARD_IMAGES:
+        said.append(f"batch_size {options.batch_size}: a batch is cut at the {SHARD_IMAGES} images of a shard")
+    if images.normalised and options.transform == "paper":
         said.append(f"transform='paper' is for pictures: {images.source} is taken as it is")
-    if isinstance(images, LoaderImages) and arguments["workers"] is not None:
+    if isinstance(images, LoaderImages) and options.workers is not None:
         said.append("workers are those of the DataLoader (num_workers)")
-    if isinstance(images, StreamImages) and arguments["num_images"] is not None:
-        said.append(f"{images.source} is a stream, of which the first {arguments['num_images']} images are taken")
+    if isinstance(images, StreamImages) and options.num_images is not None:
+        said.append(f"{images.source} is a stream, of which the first {options.num_images} images are taken")
     return said
 
 
-def _require_unprepared(images: Images, arguments: dict[str, Any]) -> None:
+def _require_unprepared(images: Images, options: AnalyzeOptions) -> None:
     """Raises a UserError where a normalisation is asked for of images that are taken as they are."""
-    if arguments["mean"] is not None:
+    if options.mean is not None:
         raise UserError(
             f"{images.source} is taken as normalised for the model already: leave mean and std out, or give pictures "
             f"(a folder, files, PIL images)"

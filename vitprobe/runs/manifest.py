@@ -1,11 +1,13 @@
-"""What a run is made of, gathered into one dictionary that JSON can hold."""
+"""`manifest.json`: what a run is made of, in one dialect for all commands; older ones are read as today's."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +15,15 @@ import torch
 from vitprobe.errors import UserError
 from vitprobe.models.identity import unidentified, weights_sha256
 from vitprobe.models.loaded import LoadedModel
-from vitprobe.runs.folder import FORMAT_VERSION
 
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 2
+REQUIRED = ("format_version", "model", "layout", "undefined", "arguments")
 PACKAGES = ("vitprobe", "torch", "torchvision", "timm", "numpy", "scipy", "pandas", "safetensors", "pillow")
+_READERS = {"analyze": "vitprobe.Profile.load", "verify": "vitprobe.Verification.load"}  # of format 1, which names none
 
 
-def new_manifest(model: LoadedModel, device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
+def new_manifest(command: str, model: LoadedModel, device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a run that begins now; the run adds `data`, `layout` and `undefined`, and ends it.
 
     Raises:
@@ -35,6 +40,7 @@ def new_manifest(model: LoadedModel, device: torch.device, arguments: dict[str, 
         remarks.append(f"{reason}: this run cannot be resumed")
     return {
         "format_version": FORMAT_VERSION,
+        "command": command,
         "status": "running",
         "model": {
             **dataclasses.asdict(model.spec),
@@ -52,8 +58,66 @@ def new_manifest(model: LoadedModel, device: torch.device, arguments: dict[str, 
         "packages": {name: version for name in PACKAGES if (version := package_version(name))},
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": now(),
     }
+
+
+def now() -> str:
+    """The time, as manifests hold it."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a folder, in today's dialect; None where there is none of vitprobe's.
+
+    Raises:
+        UserError: for one of a newer format.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(manifest, dict):
+        return None
+    version = manifest.get("format_version", FORMAT_VERSION)
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise UserError(
+            f"{path} has format {version}, this vitprobe reads formats up to {FORMAT_VERSION}; upgrade vitprobe, or "
+            f"give another folder"
+        )
+    if not all(key in manifest for key in REQUIRED):
+        return None
+    return upgraded(manifest) if version == 1 else manifest
+
+
+def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest of format 1 in today's dialect.
+
+    There `verify` wrote a "kind", called its data's source "name", and named the dtype alone.
+    """
+    verifies = bool(manifest.get("kind"))
+    now = {**manifest, "format_version": FORMAT_VERSION, "command": "verify" if verifies else "analyze"}
+    now.pop("kind", None)
+    if verifies:
+        data = dict(now.get("data", {}))
+        if "name" in data:
+            data["source"] = data.pop("name")
+        asked = now.get("forward_dtype")
+        now["arguments"] = {"transform": "model", **now["arguments"]}
+        now |= {"data": data, "forward_dtype": {"asked": asked, "taken": asked or now.get("dtype"), "errors": {}}}
+    return now
+
+
+def command_of(manifest: dict[str, Any]) -> str:
+    """Which command wrote a run."""
+    return manifest.get("command", "analyze")
+
+
+def reader_of(manifest: dict[str, Any]) -> str:
+    """Python that reads a run."""
+    command = command_of(manifest)
+    return manifest.get("reader") or _READERS.get(command, f"vitprobe {command}")
 
 
 def signature(model: LoadedModel) -> str:
