@@ -7,8 +7,9 @@ from dataclasses import asdict
 import numpy as np
 
 from vitprobe.layout import TokenLayout
-from vitprobe.profile.profile import Profile
-from vitprobe.profile.values import MemoryValues, Shard
+from vitprobe.profile.profile import KIND, Profile
+from vitprobe.profile.values import Shard, ShardValues
+from vitprobe.runs.folder import RunFolder
 from vitprobe.statistics import STATISTICS
 
 
@@ -37,7 +38,8 @@ def make_profile(
     names = [f"{i:03d}.png" for i in range(images)]
     group_names = names if groups is None else [f"g{i * groups // images}" for i in range(images)]
     manifest = {
-        "format_version": 1,
+        "format_version": 2,
+        "command": "analyze",
         "status": "complete",
         "arguments": {},
         "model": {
@@ -51,5 +53,7 @@ def make_profile(
         "undefined": undefined or {},
         "data": {"skipped": [], "source": "numbers made up for a test"},
     }
-    values = MemoryValues([Shard(names, group_names, arrays)])
+    folder = RunFolder.of(None, KIND)
+    values = ShardValues(folder.path, folder.keeper)
+    values.add(Shard(names, group_names, arrays))
     return Profile(manifest, values)

@@ -15,13 +15,14 @@ PARAMETERS = {"abmilp": 193, "ep": 42_000}
 
 def made_manifest(name: str = "mae_vit_b", paradigm: str = "MIM") -> dict:
     return {
-        "format_version": 1,
+        "format_version": 2,
+        "command": "verify",
         "model": {"name": name, "paradigm": paradigm, "weights_sha256": "0123456789abcdef" * 4},
         "layout": {},
         "undefined": {},
         "arguments": {"seed": 0},
         "protocol": {"name": "fast"},
-        "data": {"name": "digits"},
+        "data": {"source": "digits"},
     }
 
 

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers import hear_ctrl_c
 from vitprobe.errors import UserError
 from vitprobe.frozen.device import choose_batch_size, choose_device, free_memory
-from vitprobe.frozen.forward import Measurement
 from vitprobe.profile.analysis import analyze
+from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
 from vitprobe.statistics import STATISTICS
 
@@ -154,7 +154,7 @@ def test_the_manifest_says_what_the_run_was_made_of(vit, folder, tmp_path):
     analyze(vit, folder, num_images=4, seed=3, out=tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "complete"
-    assert manifest["format_version"] == 1
+    assert (manifest["format_version"], manifest["command"]) == (2, "analyze")
     assert manifest["arguments"] | {"num_images": 4, "seed": 3, "transform": "model"} == manifest["arguments"]
     assert re.fullmatch(r"[0-9a-f]{64}", manifest["model"]["weights_sha256"])
     assert re.fullmatch(r"[0-9a-f]{64}", manifest["data"]["fingerprint"])

@@ -92,8 +92,8 @@ def test_the_other_protocols(protocol: str) -> None:
 
 
 def test_aggregators_with_options_blocks_and_norm() -> None:
-    names = "cls,abmilp(depth=2,activation=tanh)"
-    said = succeeds(run("--aggregators", names, "--block", -1, "--norm", "--seed", 3, "--dtype", "bfloat16"))
+    names = ["--aggregator", "cls", "--aggregator", "abmilp(depth=2,activation=tanh)"]
+    said = succeeds(run(*names, "--block", -1, "--norm", "--seed", 3, "--dtype", "bfloat16"))
     table = pd.read_csv("run/accuracy.csv")
     assert list(table["label"]) == [
         f"{name}@block{block}+norm" for block in (0, 11) for name in ("cls", "abmilp(depth=2,activation=tanh)")
@@ -101,18 +101,25 @@ def test_aggregators_with_options_blocks_and_norm() -> None:
     assert "abmilp(depth=2,activation=tanh)@block0+norm" in said
     manifest = json.loads(Path("run/manifest.json").read_text())
     assert manifest["arguments"]["aggregators"] == ["cls", "abmilp(depth=2,activation=tanh)"]
-    assert manifest["arguments"]["seed"] == 3 and manifest["forward_dtype"] == "bfloat16"
+    assert manifest["arguments"]["seed"] == 3 and manifest["forward_dtype"]["taken"] == "bfloat16"
     assert {path.name for path in Path("run/figures").iterdir()} == FIGURES
 
 
+def test_the_old_spelling_of_aggregators_still_works_and_says_what_it_is_now() -> None:
+    result = run("--aggregators", "gap,abmilp(depth=2,activation=tanh)", "--protocol", "fast")
+    succeeds(result)
+    assert result.stderr.startswith("note: --aggregators is --aggregator now, repeated")
+    assert list(pd.read_csv("run/accuracy.csv")["aggregator"]) == ["gap", "abmilp(depth=2,activation=tanh)"]
+
+
 def test_what_cannot_be_drawn_is_said_and_the_numbers_are_there() -> None:
-    result = run("--aggregators", "abmilp")
+    result = run("--aggregator", "abmilp")
     succeeds(result)
     assert "no figure: no model has all that is to be drawn: random_vit_nano (has neither cls nor gap)" in result.stderr
     assert not Path("run/figures").exists() and Path("run/accuracy.csv").exists()
     succeeds(run("--overwrite"))
     assert Path("run/figures").exists()
-    succeeds(run("--aggregators", "abmilp", "--overwrite"))
+    succeeds(run("--aggregator", "abmilp", "--overwrite"))
     assert not list(Path("run/figures").iterdir())  # none of the run before stays
 
 
@@ -156,7 +163,7 @@ def test_a_checkpoint_without_cls_says_what_is_left_out() -> None:
     assert set(pd.read_csv("run/accuracy.csv")["gain_over"]) == {"gap@block0"}
     explicit = invoke(
         *("verify", "--checkpoint", "wee.pth", "--arch", "vit_wee_patch16_reg1_gap_256", "--img-size", 32),
-        *("--block", 0, "--data", "squares", "--out", "other", "--aggregators", "gap,cls"),
+        *("--block", 0, "--data", "squares", "--out", "other", "--aggregator", "gap", "--aggregator", "cls"),
     )
     assert_fails_with_one_line(explicit, "cls reads the [cls] token, which wee does not have: leave it out, or use gap")
 
@@ -237,9 +244,13 @@ BAD = {
         ["--protocol", "knn"],
         ["k-NN takes at least 100 training images beside the held-out ones, and there are 54"],
     ),
-    "width": (nothing, ["--aggregators", "ep(queries=7)"], ["does not divide the width 128: choose one of 1, 2, 4, 8"]),
-    "aggregator": (nothing, ["--aggregators", "cls,abmlip"], ["no aggregator is called 'abmlip'; the nearest: abmilp"]),
-    "option": (nothing, ["--aggregators", "cls(depth=2)"], ["cls has no option 'depth': it has none"]),
+    "width": (nothing, ["--aggregator", "ep(queries=7)"], ["does not divide the width 128: choose one of 1, 2, 4, 8"]),
+    "aggregator": (
+        nothing,
+        ["--aggregator", "cls", "--aggregator", "abmlip"],
+        ["no aggregator is called 'abmlip'; the nearest: abmilp"],
+    ),
+    "option": (nothing, ["--aggregator", "cls(depth=2)"], ["cls has no option 'depth': it has none"]),
     "block": (nothing, ["--block", 12], ["random_vit_nano has blocks 0 to 11, not 12: choose one of these"]),
     "protocol": (nothing, ["--protocol", "paper"], ["--protocol", "'paper' is not one of 'fast', 'cached'"]),
     "disk": (small_disk, ["--protocol", "cached"], ["the tokens of 60 images take 998,400 bytes", "1,000 free"]),
@@ -247,16 +258,16 @@ BAD = {
     "nan, cached": (nan_tokens, ["--protocol", "cached"], ["NaN or infinite for 1 of the batch's", "spoilt.png"]),
     "trained": (
         nothing,
-        ["--protocol", "knn", "--aggregators", "ep"],
+        ["--protocol", "knn", "--aggregator", "ep"],
         ["ep is trained, and knn trains no"],
     ),
-    "attention": (nothing, ["--protocol", "cached", "--aggregators", "cls_attention"], ["the cache does not hold"]),
+    "attention": (nothing, ["--protocol", "cached", "--aggregator", "cls_attention"], ["the cache does not hold"]),
     "model": (nothing, [], ["nosuchmodel"]),
     "device": (nothing, ["--device", "tpu7"], ["device tpu7 cannot be used"]),
     "both": (nothing, ["--resume"], ["--resume goes on with a run, and --overwrite starts anew: give one of the two"]),
     "checkpoint": (nothing, ["--checkpoint", "nowhere.pth"], ["nowhere.pth"]),
     "arch": (nothing, ["--arch", "mae_vit_nano"], ["--arch says what a --checkpoint is"]),
-    "empty": (nothing, ["--aggregators", ""], ["it is empty"]),
+    "empty": (nothing, ["--aggregator", ""], ["it is empty"]),
 }
 
 
@@ -290,7 +301,7 @@ def test_resumed_with_other_settings_or_weights() -> None:
     for arguments, was in (
         (["--seed", 1], "run was begun with seed 0, not 1"),
         (["--protocol", "cached"], "run was begun with protocol logistic"),
-        (["--aggregators", "gap"], "run was begun with aggregators none, not ['gap']"),
+        (["--aggregator", "gap"], "run was begun with aggregators none, not ['gap']"),
         (["--block", 1], "run was begun with blocks [0], not [0, 1]"),
     ):
         given = arguments if "--protocol" in arguments else [*arguments, "--protocol", "logistic"]

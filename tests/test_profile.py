@@ -148,7 +148,7 @@ def test_save_refuses_another_run(profile, tmp_path):
         ("{", "manifest.json is broken"),
         ("[]", "manifest.json is broken"),
         ("{}", "manifest.json is broken"),
-        ('{"format_version": 99}', "has format 99, this vitprobe reads format 1; upgrade vitprobe"),
+        ('{"format_version": 99}', "has format 99, this vitprobe reads formats up to 2; upgrade vitprobe"),
         ('{"format_version": 1}', "manifest.json is broken, or none of vitprobe's"),
         ('{"name": "my web app"}', "manifest.json is broken, or none of vitprobe's"),
         (

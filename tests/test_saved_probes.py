@@ -66,7 +66,7 @@ def test_everything_that_holds_images(verified: Any, pictures: Path) -> None:
     model, folder, _ = verified
     probe = load_probe(str(folder / "ep@block1+norm-seed1.safetensors"), load_model(model))
     assert repr(probe) == "LoadedProbe('ep@block1+norm' of 'VisionTransformer', 3 classes)"
-    assert probe.about["protocol"]["hash"] == BANK.digest and probe.about["data"]["name"] == "squares"
+    assert probe.about["protocol"]["hash"] == BANK.digest and probe.about["data"]["source"] == "squares"
     files = sorted((pictures / "val").rglob("*.png"))[:5]
     expected = probe.embed(files)
     read = [open_images(files).read(number) for number in range(5)]

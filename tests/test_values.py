@@ -8,7 +8,7 @@ import pytest
 
 from vitprobe import files
 from vitprobe.errors import UserError
-from vitprobe.profile.values import MemoryValues, Shard, ShardValues
+from vitprobe.profile.values import Shard, ShardValues
 
 
 def batch(start: int, count: int) -> tuple[list[str], list[str], dict[str, np.ndarray]]:
@@ -23,13 +23,12 @@ def batch(start: int, count: int) -> tuple[list[str], list[str], dict[str, np.nd
 
 @pytest.mark.parametrize("sizes", [[150], [1] * 7, [64, 64, 22], [63, 2, 85], [5]])
 def test_shards_come_back(tmp_path: Path, sizes: list[int]):
-    on_disk, in_memory = ShardValues(tmp_path), MemoryValues()
+    written = ShardValues(tmp_path)
     starts = np.cumsum([0, *sizes]).tolist()
     shards = [Shard(*batch(start, size)) for start, size in zip(starts, sizes, strict=False)]
-    for values in (on_disk, in_memory):
-        for shard in shards:
-            values.add(shard)
-    for values in (on_disk, in_memory, ShardValues(tmp_path)):
+    for shard in shards:
+        written.add(shard)
+    for values in (written, ShardValues(tmp_path)):
         assert values.names == [name for shard in shards for name in shard.names]
         assert values.groups == [group for shard in shards for group in shard.groups]
         assert values.statistics() == ["cls_entropy", "patch_norm_max_ratio"]
@@ -66,11 +65,6 @@ def test_what_a_shard_says_beside_its_values_comes_back(tmp_path: Path):
     assert again.statistics() == ["cls_entropy", "patch_norm_max_ratio"]
     assert again.read("cls_entropy").shape == (3, 3, 2)
     assert [len(shard.arrays) for shard in again.shards()] == [0, 2]
-    memory = MemoryValues()
-    for shard in again.shards():
-        memory.add(shard)
-    assert memory.skipped == again.skipped
-    assert memory.read("cls_entropy").shape == (3, 3, 2)
 
 
 def test_no_temporary_file_is_left(tmp_path: Path):
@@ -120,4 +114,3 @@ def test_a_safetensors_file_of_something_else_is_no_shard(tmp_path: Path):
 def test_an_empty_folder_has_no_values(tmp_path: Path):
     assert ShardValues(tmp_path).names == []
     assert ShardValues(tmp_path).statistics() == []
-    assert MemoryValues().statistics() == []

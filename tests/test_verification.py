@@ -229,7 +229,7 @@ def test_what_is_no_verification_is_one_line(made, tmp_path):
     )
     folder = made.save(tmp_path / "run")
     manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "kind": None}))
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "command": "analyze"} | {"reader": "vitprobe.Profile.load"}))
     with pytest.raises(UserError) as error:
         Verification.load(folder)
     assert str(error.value) == (

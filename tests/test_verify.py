@@ -79,7 +79,7 @@ def test_each_method_writes_a_whole_folder(tmp_path: Path, method: str) -> None:
     assert found.images == data.test.ids and (found.labels == data.test.labels).all()
 
     manifest = json.loads((out / "manifest.json").read_text())
-    assert (manifest["status"], manifest["kind"]) == ("complete", "verification") and manifest["ended"]
+    assert (manifest["status"], manifest["command"]) == ("complete", "verify") and manifest["ended"]
     assert manifest["protocol"]["name"] == protocol.name and manifest["protocol"]["hash"] == protocol.digest
     assert manifest["model"]["weights_sha256"] == weights_sha256(model)
     assert manifest["data"] == {

@@ -15,7 +15,7 @@ from vitprobe.errors import UserError
 from vitprobe.runs.torchrun import launched, rank
 
 if TYPE_CHECKING:
-    from vitprobe.runs.folder import Kind
+    from vitprobe.runs.kind import Kind
 
 BUNDLED = ("mae_vit_nano", "supervised_vit_nano")  # what is taken where no model is named
 

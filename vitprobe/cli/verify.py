@@ -28,13 +28,14 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
 )
 @click.option(
     "--aggregator",
+    "aggregators",
     type=SomeText(),
     multiple=True,
     metavar="NAME",
     help="A way to aggregate, with options in brackets: abmilp(depth=2); repeatable; docs/verification.md lists them.  "
     "[cls, gap, abmilp, ep]",
 )
-@click.option("--aggregators", type=SomeText(), hidden=True)  # the old spelling, with commas
+@click.option("--aggregators", "with_commas", type=SomeText(), hidden=True)  # the old spelling
 @click.option(
     "--protocol",
     type=click.Choice(["fast", "cached", "knn", "logistic"]),
@@ -81,14 +82,12 @@ def command(
 
     The main line: vitprobe verify --model mae_vit_b --data IMAGENET
     """
-    from vitprobe.aggregation.registry import split_names
-
-    several = options.pop("aggregators")
+    asked, several = list(options.pop("aggregators")), options.pop("with_commas")
     if several is not None:
-        click.echo(
-            "note: --aggregators is now --aggregator, repeated; this spelling goes with the next release", err=True
-        )
-    asked = [*options.pop("aggregator"), *(() if several is None else split_names(several))]
+        from vitprobe.aggregation.registry import split_names
+
+        click.echo("note: --aggregators is --aggregator now, repeated; the old spelling goes in a release", err=True)
+        asked += split_names(several)
     options |= {"aggregators": asked or None, "blocks": options["blocks"] or None}
     run_models(_body, Loading(models, checkpoint, arch, weights_key, name, paradigm), out, options, "verify-")
 

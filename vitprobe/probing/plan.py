@@ -123,7 +123,7 @@ def make_plan(options: VerifyOptions) -> Plan:
         raise UserError(
             f"{names} needs attention, which the cache does not hold: use the protocol fast, knn or logistic"
         )
-    manifest = new_manifest(KIND.command, loaded, chosen, options.describe()) | {
+    manifest = new_manifest(KIND, loaded, chosen, options.describe()) | {
         "protocol": protocol.describe(),
         "transform": loaded.transform.describe(),
         "layout": asdict(loaded.layout),

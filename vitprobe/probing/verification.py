@@ -25,7 +25,8 @@ from vitprobe.probing.scores import mean_per_class
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.trained import in_words, shortfalls
 from vitprobe.probing.uncertainty import Components, Interval, components, holm
-from vitprobe.runs.folder import Kind, RunFolder
+from vitprobe.runs.folder import RunFolder
+from vitprobe.runs.kind import Kind
 
 CORRECTNESS, ACCURACY = "correctness.safetensors", "accuracy.csv"
 TRAINING, TOKENS = "training.safetensors", "tokens"

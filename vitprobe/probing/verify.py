@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,7 +17,7 @@ from vitprobe.probing.saved import save_probe
 from vitprobe.probing.verification import ACCURACY, CORRECTNESS, KIND, Verification
 from vitprobe.runs.folder import RunFolder
 from vitprobe.runs.manifest import now
-from vitprobe.runs.options import Dtype, ImageSize, ModelLike, Numbers, Transform
+from vitprobe.runs.options import Dtype, ImageSize, ModelLike, Numbers, ProtocolName, Transform
 from vitprobe.runs.progress import progress_bar
 from vitprobe.runs.same import require_same
 
@@ -27,7 +27,7 @@ def verify(
     data: Any = None,
     aggregators: Sequence[str] | None = None,
     *,
-    protocol: Literal["fast", "cached", "knn", "logistic"] | Protocol = "fast",
+    protocol: ProtocolName | Protocol = "fast",
     checkpoint: str | Path | None = None,
     arch: str | None = None,
     weights_key: str | None = None,

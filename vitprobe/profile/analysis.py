@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -24,7 +24,7 @@ from vitprobe.profile.profile import KIND, Profile
 from vitprobe.profile.run import Run
 from vitprobe.profile.work import Work, prepare, require_agreement
 from vitprobe.runs.folder import RunFolder
-from vitprobe.runs.options import Dtype, ImageSize, ModelLike, Numbers, Transform
+from vitprobe.runs.options import DtypeOrAuto, ImageSize, Kernel, ModelLike, Numbers, Transform
 from vitprobe.runs.processes import joined
 from vitprobe.runs.progress import progress_bar
 from vitprobe.runs.same import require_same
@@ -47,9 +47,9 @@ def analyze(
     statistics: Sequence[str] | None = None,
     groups: Sequence[str] | Callable[[str], str] | None = None,
     tolerance: float | None = None,
-    dtype: Dtype | Literal["auto"] | None = None,
+    dtype: DtypeOrAuto | None = None,
     dtype_bound: float = DTYPE_BOUND,
-    kernel: Literal["auto", "torch", "model"] = "auto",
+    kernel: Kernel = "auto",
     batch_size: int | None = None,
     workers: int | None = None,
     device: str | torch.device | None = None,

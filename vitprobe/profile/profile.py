@@ -19,7 +19,8 @@ from vitprobe.layout import TokenLayout, layout_from
 from vitprobe.profile.diagnosis import Diagnosis, diagnose
 from vitprobe.profile.intervals import Estimate, Running, group_sizes, statistic_bounds
 from vitprobe.profile.values import SHARD_FOLDER, SHARDS, ShardValues
-from vitprobe.runs.folder import Kind, RunFolder
+from vitprobe.runs.folder import RunFolder
+from vitprobe.runs.kind import Kind
 from vitprobe.statistics import STATISTICS, select
 
 SUMMARIES = ("summary.csv", "summary.parquet")

@@ -112,7 +112,7 @@ def prepare(options: AnalyzeOptions, world: World) -> Work:
         loaded = without_transform(loaded)
     layout, width = loaded.anatomy.layout(transform.size), loaded.anatomy.width or 768
     batch_size = options.batch_size or choose_batch_size(layout, width, chosen, local_processes())
-    manifest = new_manifest(KIND.command, loaded, chosen, options.describe()) | {
+    manifest = new_manifest(KIND, loaded, chosen, options.describe()) | {
         "batch_size": min(int(batch_size), SHARD_IMAGES),
         "processes": world.size,
         "out_of_memory": [],

@@ -8,7 +8,6 @@ import shutil
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -17,26 +16,10 @@ from filelock import FileLock, Timeout
 
 from vitprobe.errors import UserError
 from vitprobe.files import PARTIAL, disk_errors, partial_of, write_atomically
+from vitprobe.runs.kind import Kind
 from vitprobe.runs.manifest import MANIFEST, command_of, read_manifest, reader_of
 
 LOCK = ".lock"
-
-
-@dataclass(frozen=True)
-class Kind:
-    """The runs of one command. Patterns are relative to a run's folder; figures are no files of a run.
-
-    Attributes:
-        command: the command's name, as in "analyze".
-        reader: Python that reads such a run.
-        results: patterns of the files that it writes beside the manifest.
-        unfinished: patterns of files and folders that only an unfinished run needs.
-    """
-
-    command: str
-    reader: str
-    results: tuple[str, ...]
-    unfinished: tuple[str, ...] = ()
 
 
 class Keeper:
@@ -173,7 +156,7 @@ class RunFolder:
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write `manifest.json`, atomically."""
-        content = json.dumps({**manifest, "reader": self.kind.reader}, indent=2, ensure_ascii=False)
+        content = json.dumps(manifest, indent=2, ensure_ascii=False)
         write_atomically(self.path / MANIFEST, f"{content}\n".encode())
 
     def release(self) -> None:

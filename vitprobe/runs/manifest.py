@@ -15,6 +15,7 @@ import torch
 from vitprobe.errors import UserError
 from vitprobe.models.identity import unidentified, weights_sha256
 from vitprobe.models.loaded import LoadedModel
+from vitprobe.runs.kind import Kind
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
@@ -23,7 +24,7 @@ PACKAGES = ("vitprobe", "torch", "torchvision", "timm", "numpy", "scipy", "panda
 _READERS = {"analyze": "vitprobe.Profile.load", "verify": "vitprobe.Verification.load"}  # of format 1, which names none
 
 
-def new_manifest(command: str, model: LoadedModel, device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
+def new_manifest(kind: Kind, model: LoadedModel, device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a run that begins now; the run adds `data`, `layout` and `undefined`, and ends it.
 
     Raises:
@@ -40,7 +41,8 @@ def new_manifest(command: str, model: LoadedModel, device: torch.device, argumen
         remarks.append(f"{reason}: this run cannot be resumed")
     return {
         "format_version": FORMAT_VERSION,
-        "command": command,
+        "command": kind.command,
+        "reader": kind.reader,
         "status": "running",
         "model": {
             **dataclasses.asdict(model.spec),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -21,9 +21,15 @@ from vitprobe.models.loading import load_model
 
 ModelLike = str | Path | nn.Module | LoadedModel
 ImageSize = int | tuple[int, int]
-Numbers = float | Sequence[float]
-Dtype = Literal["float32", "bfloat16", "float16"]
-Transform = Literal["model", "paper"]
+Numbers = float | int | Sequence[float | int]
+if TYPE_CHECKING:
+    Dtype = Literal["float32", "bfloat16", "float16"]
+    DtypeOrAuto = Literal["float32", "bfloat16", "float16", "auto"]
+    Kernel = Literal["auto", "torch", "model"]
+    ProtocolName = Literal["fast", "cached", "knn", "logistic"]
+    Transform = Literal["model", "paper"]
+else:  # any text, of which a wrong one is an error of ours, in one line
+    Dtype = DtypeOrAuto = Kernel = ProtocolName = Transform = str
 TRANSFORMS = ("model", "paper")
 
 
@@ -62,7 +68,7 @@ class RunOptions:
     weights_key: str | None = None
     name: str | None = None
     paradigm: str | None = None
-    transform: str = "model"
+    transform: Transform = "model"
     img_size: ImageSize | None = None
     mean: Numbers | None = None
     std: Numbers | None = None
