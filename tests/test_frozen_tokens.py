@@ -407,3 +407,24 @@ def test_a_block_that_never_runs() -> None:
 def test_dtypes_and_devices_that_cannot_be_had() -> None:
     model = load_model(tiny_vit())
     assert "device nowhere cannot be used" in refusal(lambda: FrozenModel(model, [LAST], device="nowhere"))
+
+
+def test_where_memory_runs_out_the_batch_is_halved_and_the_tokens_are_the_same() -> None:
+    model, taps, sizes = tiny_vit(), [FIRST, NORMED], []
+    expected = read(model, taps, images(7))
+
+    def short_of_memory(module: nn.Module, args: tuple[Any, ...]) -> None:
+        sizes.append(len(args[0]))
+        if len(args[0]) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = model.blocks[0].register_forward_pre_hook(short_of_memory)
+    with FrozenModel(load_model(model), taps, device="cpu") as frozen:
+        for x in (images(7), images(3)):
+            given = frozen(x)
+            for tap in taps:
+                torch.testing.assert_close(given[tap].tokens, expected[tap].tokens[: len(x)])
+    assert sizes[:2] == [7, 3] and set(sizes[2:]) == {1}  # halved for good: 7, then 3, then 1
+    handle.remove()
+    model.blocks[0].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError()))
+    assert refusal(lambda: read(model)).startswith("out of memory on cpu with one image a batch; give a smaller --img-")
