@@ -20,13 +20,11 @@ from vitprobe.profile.diagnosis import Diagnosis, diagnose
 from vitprobe.profile.intervals import Estimate, Running, group_sizes, statistic_bounds
 from vitprobe.profile.values import MemoryValues, ShardValues
 from vitprobe.runs.folder import check_output, clear_run, read_manifest, write_manifest
-from vitprobe.statistics import STATISTICS, select
+from vitprobe.statistics import STATISTICS, comparable, select
 
-# What `summary` shows: the paper's three, and the two that explain them.
+# What `summary` shows: the paper's three, comparable between models, and those that explain them.
 SUMMARY = (
-    "cls_self_attention",
-    "cls_entropy_share",
-    "patch_self_attention_ratio",
+    *(statistic.name for statistic in comparable()),
     "patches_to_cls",
     "patch_entropy_share",
     "attention_distance",
