@@ -30,7 +30,8 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
     "--aggregators",
     type=SomeText(),
     metavar="A,B,…",
-    help="Ways to aggregate, with options in brackets: abmilp(depth=2); docs/verification.md lists them.  "
+    help="Ways to aggregate, with options in brackets: abmilp(depth=2); your own as module:Name or file.py:Name; "
+    "docs/verification.md lists them.  "
     "[cls,gap,abmilp,ep]",
 )
 @click.option(

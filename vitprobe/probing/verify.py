@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from vitprobe.aggregation import Aggregator
+from vitprobe.aggregation.registering import as_name
 from vitprobe.data.labelled import has_loader
 from vitprobe.data.transforms import check_normalisation
 from vitprobe.errors import UserError
@@ -31,7 +33,7 @@ from vitprobe.runs.same import require_same
 def verify(
     model: Any = "mae_vit_nano",
     data: Any = None,
-    aggregators: Sequence[str] | None = None,
+    aggregators: Sequence[str | Callable[..., Aggregator]] | str | Callable[..., Aggregator] | None = None,
     *,
     protocol: str | Protocol = "fast",
     checkpoint: str | Path | None = None,
@@ -63,8 +65,9 @@ def verify(
         model: anything that `load_model` takes.
         data: anything that `vitprobe.data.labelled.open_labelled` takes: a folder with train/ and val/, tars of that
             shape, a pair of paths; without it scikit-learn's digits.
-        aggregators: names that `vitprobe.aggregation.create` takes, with options in brackets; without it cls, gap,
-            abmilp and ep (for protocols that train none: cls and gap), less what the model has not.
+        aggregators: names that `vitprobe.aggregation.create` takes, with options in brackets, or classes of your own
+            (subclasses of `vitprobe.aggregation.Aggregator`, or functions that make one); without it cls, gap, abmilp
+            and ep (for protocols that train none: cls and gap), less what the model has not.
         protocol: "fast", "cached", "knn", "logistic", or a `Protocol`.
         checkpoint: as for `load_model`.
         arch: as for `load_model`.
@@ -101,7 +104,8 @@ def verify(
             "a DataLoader gives its images in an order that only it knows, so a run on it cannot be resumed: give the "
             "data set's folder, or leave --resume out"
         )
-    asked = [aggregators] if isinstance(aggregators, str) else aggregators
+    alone = isinstance(aggregators, str) or callable(aggregators)
+    asked = None if aggregators is None else [as_name(each) for each in ([aggregators] if alone else aggregators)]
     img_size = size_of(img_size)
     normalisation = {"mean": check_normalisation("mean", mean), "std": check_normalisation("std", std)}
     options = {

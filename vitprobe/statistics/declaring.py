@@ -93,9 +93,7 @@ def declare(
     ends = _function(bounds)
     _check_bounds(name, ends)
     if maximum is not None and not math.isfinite(ends(_SAMPLE)[1]):
-        raise UserError(
-            f"{name}: maximum= puts words to the highest value, and bounds={bounds!r} have none: leave it out"
-        )
+        raise UserError(f"{name}: maximum= names the highest possible value, and its bounds have none: leave it out")
 
     def add(compute: Compute) -> Compute:
         earlier = STATISTICS.get(name)
