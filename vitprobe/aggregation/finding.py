@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module, invalidate_caches
 from importlib.util import module_from_spec, spec_from_file_location
@@ -50,15 +52,9 @@ def _is_own(kind: object) -> bool:
 
 
 def _load_module(place: str, text: str) -> ModuleType:
-    here = str(Path.cwd())
-    sys.path.append(here)  # the command's own folder, not the user's, is what Python searches for `vitprobe`
-    try:
-        invalidate_caches()
+    # Python searches the folder of the command `vitprobe`, not the one that it is called in.
+    with _searched(Path.cwd()), _one_line(place, text):
         return import_module(place)
-    except Exception as error:
-        raise _failed(place, text, error) from error
-    finally:
-        sys.path.remove(here)
 
 
 def _load_file(place: str, text: str) -> ModuleType:
@@ -72,13 +68,29 @@ def _load_file(place: str, text: str) -> ModuleType:
     assert spec is not None and spec.loader is not None  # of a file that ends in .py
     module = module_from_spec(spec)
     sys.modules[name], FILES[name] = module, str(path)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise _failed(place, text, error) from error
+    with _searched(path.parent), _one_line(place, text):  # as for a script, what lies beside it can be imported
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
     return module
 
 
-def _failed(place: str, text: str, error: Exception) -> UserError:
-    return UserError(f"{place} of the aggregator {text} cannot be imported ({in_words(error)})")
+@contextmanager
+def _searched(folder: Path) -> Iterator[None]:
+    """Context in which Python finds modules in a folder too, after all others."""
+    sys.path.append(str(folder))
+    try:
+        invalidate_caches()
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextmanager
+def _one_line(place: str, text: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{place} of the aggregator {text} cannot be imported ({in_words(error)})") from error

@@ -51,7 +51,7 @@ def register(name: str) -> Callable[[Kind], Kind]:
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w+.-]*", name) or name.endswith("_all"):
         raise UserError(f"{name!r} is no name for an aggregator: use letters, digits and _+-., not ending in _all")
 
-    def add(kind: Kind) -> Kind:
+    def add(kind: Any) -> Any:
         _check(kind)
         earlier = AGGREGATORS.get(name)
         if earlier is not None and not (name in SOURCES and _place(earlier) == _place(kind) and _place(kind)[1]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +31,7 @@ class YAxis:
     """
 
     label: str
-    lines: Mapping[float, str]
+    lines: Mapping[Any, str]
     numbered: bool = False
     from_zero: bool = True
     free: bool = False

@@ -15,6 +15,8 @@ from vitprobe.figures.curves import Curve, ProfileLike, Profiles, as_list, disti
 from vitprobe.figures.drawing import YAxis, draw_curves
 from vitprobe.figures.style import new_axes, style
 
+Bounds = tuple[float | int, float | int]
+
 _OPTIONAL = ("ci_low", "ci_high", "head")
 
 
@@ -23,8 +25,8 @@ def draw(
     values: Callable[[Any], Any],
     *,
     ylabel: str,
-    bounds: tuple[float, float] | None = None,
-    reference: Mapping[float, str] | None = None,
+    bounds: Bounds | None = None,
+    reference: Mapping[float, str] | Mapping[int, str] | None = None,
     notes: str | Sequence[str] = (),
     heads: bool = False,
     ax: Axes | None = None,
@@ -85,7 +87,7 @@ class _WrongValues(UserError):
     """Values that cannot be drawn: the caller's mistake, and no reason to leave a model out."""
 
 
-def _read(name: str, profile: ProfileLike, found: Any, bounds: tuple[float, float] | None) -> Curve:
+def _read(name: str, profile: ProfileLike, found: Any, bounds: Bounds | None) -> Curve:
     table = found.copy() if isinstance(found, pd.DataFrame) else _table(name, profile, found)
     if missing := [column for column in ("block", "center") if column not in table]:
         raise _WrongValues(
@@ -100,7 +102,7 @@ def _read(name: str, profile: ProfileLike, found: Any, bounds: tuple[float, floa
     _check(name, profile, table[whole], bounds)
     of_head = {int(head): pd.DataFrame(rows) for head, rows in table[~whole].groupby("head")}  # pyright: ignore
     unfinished = getattr(profile, "unfinished", None)
-    ends = (-math.inf, math.inf) if bounds is None else bounds
+    ends = (-math.inf, math.inf) if bounds is None else (float(bounds[0]), float(bounds[1]))
     rows = pd.DataFrame(table[whole])
     return Curve(name, profile.paradigm, profile.layout, profile.num_blocks, ends, rows, of_head, unfinished)
 
@@ -119,7 +121,7 @@ def _table(name: str, profile: ProfileLike, found: Any) -> pd.DataFrame:
     return pd.DataFrame({"block": range(profile.num_blocks), "center": center})
 
 
-def _check(name: str, profile: ProfileLike, rows: Any, bounds: tuple[float, float] | None) -> None:
+def _check(name: str, profile: ProfileLike, rows: Any, bounds: Bounds | None) -> None:
     blocks, center = rows["block"].to_list(), rows["center"].to_numpy(float)
     if len(set(blocks)) < len(blocks):
         raise _WrongValues(f"the table for {name} has several rows for a block: one row per block, one per head beside")

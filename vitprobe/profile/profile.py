@@ -20,7 +20,7 @@ from vitprobe.profile.diagnosis import Diagnosis, diagnose
 from vitprobe.profile.intervals import Estimate, Running, group_sizes, statistic_bounds
 from vitprobe.profile.values import MemoryValues, ShardValues
 from vitprobe.runs.folder import check_output, clear_run, read_manifest, write_manifest
-from vitprobe.statistics import STATISTICS, comparable, select
+from vitprobe.statistics import STATISTICS, comparable, is_known, select
 
 # What `summary` shows: the paper's three, comparable between models, and those that explain them.
 SUMMARY = (
@@ -158,7 +158,7 @@ class Profile:
         Raises:
             UserError: for a statistic that this profile does not hold, with the reason.
         """
-        for name in statistics or ():
+        for name in statistics or self.statistics:
             self._require(name)
         frames = [frame for name in statistics or self.statistics for frame in self._frames(name)]
         table = pd.concat(frames, ignore_index=True)
@@ -197,6 +197,8 @@ class Profile:
         )
 
     def _require(self, name: str) -> None:
+        if name in self.statistics and not is_known(name):
+            raise UserError(f"{self.name} holds {name}, which is not declared here: import the module that declares it")
         select([name])
         if name not in self.statistics:
             reason = self.undefined.get(name, "was not asked for in this run")

@@ -3,7 +3,7 @@
 from vitprobe.statistics import attention, residual
 from vitprobe.statistics.computing import compute_statistics
 from vitprobe.statistics.declaring import declare
-from vitprobe.statistics.table import NEEDS, STATISTICS, Statistic, comparable, of_the_paper, select
+from vitprobe.statistics.table import NEEDS, STATISTICS, Statistic, comparable, is_known, of_the_paper, select
 
 __all__ = [
     "NEEDS",
@@ -13,6 +13,7 @@ __all__ = [
     "comparable",
     "compute_statistics",
     "declare",
+    "is_known",
     "of_the_paper",
     "residual",
     "select",

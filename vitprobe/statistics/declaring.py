@@ -24,10 +24,10 @@ def declare(
     *,
     label: str,
     unit: str,
-    bounds: tuple[float, float] | Callable[[TokenLayout], tuple[float, float]],
-    asks: Asks,
+    bounds: tuple[float | int, float | int] | Callable[[TokenLayout], tuple[float | int, float | int]],
+    asks: Asks | str,
     needs: str | Iterable[str] = (),
-    uniform: float | Callable[[TokenLayout], float] | None = None,
+    uniform: float | int | Callable[[TokenLayout], float | int] | None = None,
     per_head: bool = True,
     maximum: str | Callable[[TokenLayout], str] | None = None,
     from_zero: bool = True,
@@ -90,8 +90,13 @@ def declare(
     needed = frozenset(needs.split() if isinstance(needs, str) else needs)
     if unknown := sorted(map(str, needed - NEEDS.keys())):
         raise UserError(f"{name}: needs={', '.join(unknown)!r} is not known; choose among {', '.join(NEEDS)}")
-    ends = _function(bounds)
-    _check_bounds(name, ends)
+    found = _function(bounds)
+    _check_bounds(name, found(_SAMPLE))
+
+    def ends(layout: TokenLayout) -> tuple[float, float]:
+        low, high = found(layout)
+        return float(low), float(high)
+
     if maximum is not None and not math.isfinite(ends(_SAMPLE)[1]):
         raise UserError(f"{name}: maximum= names the highest possible value, and its bounds have none: leave it out")
 
@@ -124,8 +129,7 @@ def _function(given: Any) -> Callable[[TokenLayout], Any]:
     return given if callable(given) else lambda layout: given
 
 
-def _check_bounds(name: str, bounds: Callable[[TokenLayout], Any]) -> None:
-    found = bounds(_SAMPLE)
+def _check_bounds(name: str, found: Any) -> None:
     try:
         low, high = map(float, found)
     except (TypeError, ValueError):
