@@ -83,16 +83,18 @@ def test_a_model_without_values_is_named() -> None:
 
 def test_values_that_cannot_be_drawn() -> None:
     table = pd.DataFrame({"block": [0, 0], "center": [1.0, 2.0]})
+    lacks = table.rename(columns={"center": "mean"})
+    advice = "return (12,), one number per block, or a table with the columns block and center"
     for found, expected in (
-        (np.zeros((12, 2)), "the values of mae_vit_b have the shape (12, 2): return (12,), one number per block, or a table "
-                            "with the columns block and center"),
-        ("text", "the values of mae_vit_b have a str: return (12,), one number per block, or a table with the columns block "
-                 "and center"),
-        (table.rename(columns={"center": "mean"}), "the table for mae_vit_b has no column center, but block, mean: name the "
-                                                   "values center, one row per block"),
+        (np.zeros((12, 2)), f"the values of mae_vit_b have the shape (12, 2): {advice}"),
+        ("text", f"the values of mae_vit_b have a str: {advice}"),
+        (
+            lacks,
+            "the table for mae_vit_b has no column center, but block, mean: name the values center, one row per block",
+        ),
         (table, "the table for mae_vit_b has several rows for a block: one row per block, one per head beside"),
-        (np.full(12, 1.5), "a value of mae_vit_b is 1.5, outside bounds=(0, 1): correct one of the two"),
-    ):  # fmt: skip
+        (np.full(12, 1.5), "a value of mae_vit_b is 1.5, outside bounds=(0, 1): correct one of them"),
+    ):
         assert refusal(FakeProfile(), lambda profile, found=found: found, bounds=(0, 1)) == expected
     assert "figures draw profiles" in refusal(7, depth)
 

@@ -87,11 +87,10 @@ assert "patch_mass" in [s.name for s in vp.statistics.select(None)]
 assert vp.aggregation.create("median", dim=8).name == "median" and "median" in vp.aggregation.names()
 """
     _, said = run(installed, "-c", code)
+    start, end = "vitprobe:1: PluginWarning: the plugin", "update it or uninstall it"
     assert said.splitlines() == [
-        "vitprobe:1: PluginWarning: the plugin broken of our-plugin cannot be loaded (ValueError: on purpose): update it "
-        "or uninstall it",
-        "vitprobe:1: PluginWarning: the plugin gone of our-plugin cannot be loaded (ModuleNotFoundError: No module named "
-        "'ours.nowhere'): update it or uninstall it",
+        f"{start} broken of our-plugin cannot be loaded (ValueError: on purpose): {end}",
+        f"{start} gone of our-plugin cannot be loaded (ModuleNotFoundError: No module named 'ours.nowhere'): {end}",
     ]
 
 
@@ -104,7 +103,8 @@ def test_help_lists_commands_without_their_code(installed: Path) -> None:
     assert not {"torch", "ours", "pandas", "matplotlib"} & imported and "importlib.metadata" in imported
     (warning,) = [line for line in said.splitlines() if "PluginWarning" in line]
     assert warning == (
-        "vitprobe:1: PluginWarning: the command analyze of our-plugin is left out: there is one already (vitprobe's own)"
+        "vitprobe:1: PluginWarning: the command analyze of our-plugin is left out: there is one already "
+        "(vitprobe's own)"
     )
 
 
@@ -118,8 +118,8 @@ def test_a_commands_own_help_and_options(installed: Path) -> None:
     [
         (
             "broken",
-            "Error: the command broken of our-plugin cannot be loaded (ValueError: on purpose): update that distribution "
-            "or uninstall it\n",
+            "Error: the command broken of our-plugin cannot be loaded (ValueError: on purpose): update that "
+            "distribution or uninstall it\n",
         ),
         (
             "wrong",
