@@ -71,7 +71,8 @@ def test_an_aggregator(folder: Path) -> None:
 
 
 def test_an_aggregator_by_its_place_on_the_command_line(folder: Path) -> None:
-    (folder / "top.py").write_text(blocks()["An aggregator"].replace('@vp.aggregation.register("top")\n', ""))
+    unregistered = blocks()["An aggregator"].replace('@vp.aggregation.register("top")\n', "").partition("\nprint")[0]
+    (folder / "top.py").write_text(unregistered)
     asked = "cls,top.py:Top(count=4)"
     said = run(folder, "-m", "vitprobe", "verify", "--model", "mae_vit_nano", "--protocol", "knn", "--aggregators",
                asked, "--device", "cpu", fail=True)  # fmt: skip
