@@ -20,9 +20,10 @@ from vitprobe.data.batches import iterate
 from vitprobe.data.sources import open_images
 from vitprobe.models.loading import load_model
 from vitprobe.profile.analysis import analyze
+from vitprobe.statistics import of_the_paper
 
 SETS = {"ImageNet-1k val": 50_000, "ImageNet-21k": 14_197_122, "LAION-400M": 400_000_000}
-PAPER = ("cls_self_attention", "cls_entropy", "patch_self_attention_ratio")
+PAPER = tuple(statistic.name for statistic in of_the_paper())
 
 
 def main() -> None:

@@ -121,7 +121,7 @@ def overlap(one, other) -> bool:
     [
         (figures.cls_self_attention, "cls_self_attention"),
         (figures.cls_entropy, "cls_entropy"),
-        (figures.patch_self_attention, "patch_self_attention_ratio"),
+        (figures.patch_self_attention_ratio, "patch_self_attention_ratio"),
     ],
 )
 def test_paper_figures_draw_the_tables_numbers(draw, name):

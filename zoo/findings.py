@@ -26,6 +26,7 @@ from vitprobe.figures.style import style
 from vitprobe.models.loaded import LoadedModel
 from vitprobe.profile.intervals import estimate
 from vitprobe.profile.profile import Profile
+from vitprobe.statistics import comparable, of_the_paper, select
 from zoo.objectives import build_objective
 from zoo.recipe import load_recipe
 
@@ -33,7 +34,8 @@ ROOT = Path(__file__).parent.parent
 TABLES = Path(__file__).parent / "measured"
 FIGURE = ROOT / "figures" / "findings"
 
-STATISTICS = ("cls_self_attention", "cls_entropy", "cls_entropy_share", "patch_self_attention_ratio")
+# The paper's three, and the share of the entropy that models are compared by: the table's order.
+STATISTICS = tuple(each.name for each in select([s.name for s in (*of_the_paper(), *comparable())]))
 LATE = slice(8, 12)  # the last third of 12 blocks, as in a diagnosis
 BUNDLED = (
     *("mae_vit_nano", "mae_xavier_vit_nano", "mae_ft_vit_nano"),
@@ -130,7 +132,7 @@ def draw(profiles: list[Profile], to: Path, height: float) -> None:
         left, middle, right = figure.subplots(1, 3)
     vp.figures.cls_self_attention(profiles, ax=left)
     vp.figures.cls_entropy(profiles, ax=middle)
-    vp.figures.patch_self_attention(profiles, ax=right)
+    vp.figures.patch_self_attention_ratio(profiles, ax=right)
     for path in vp.figures.save_figure(figure, to):
         print(path.name)
 
@@ -178,7 +180,7 @@ def late_table() -> str:
     """What each model's late blocks do, in percent."""
     found = {(row["model"], row["statistic"]): interval(row) for row in stored("late")}
     headings = ("model", "[cls] self-attention", "[cls] entropy / log N", "patch self-attention / patches")
-    shown = ("cls_self_attention", "cls_entropy_share", "patch_self_attention_ratio")
+    shown = [statistic.name for statistic in comparable()]
     return markdown(headings, [[f"`{m}`", *(found[m, name] for name in shown)] for m in (*BUNDLED, *COMPARED)])
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from vitprobe.aggregation.base import Aggregator
 from vitprobe.aggregation.batch import TokenBatch
+from vitprobe.aggregation.registering import register
 from vitprobe.aggregation.registry import create, names
 
-__all__ = ["Aggregator", "TokenBatch", "create", "names"]
+__all__ = ["Aggregator", "TokenBatch", "create", "names", "register"]

@@ -19,6 +19,7 @@ class Aggregator(nn.Module):
 
     Attributes:
         name: as in `create`, with the options that are not the defaults.
+        source: of one registered outside the package, where `create` finds it (`module:Name`); else empty.
         dim: numbers a token.
         tokens: "patches", or "all" for [cls] and the patches (registers never).
         out_dim: numbers of the vector.
@@ -30,6 +31,7 @@ class Aggregator(nn.Module):
     """
 
     name: str = ""
+    source: str = ""
     needs_cls: bool = False
     needs_attention: bool = False
     oracle: str = ""

@@ -1,4 +1,4 @@
-"""Every aggregator by its name, and `create`, which makes one of a name such as `abmilp_all(depth=2)`."""
+"""`create`: an aggregator from a name such as `abmilp_all(depth=2)` or `my_module:MyAggregator`."""
 
 from __future__ import annotations
 
@@ -9,44 +9,16 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-from vitprobe.aggregation.abmilp import AbMilp
-from vitprobe.aggregation.attended import CenterAttention, ClsAttention, ClsAttentionMinEntropy, Oracle
+from torch import Tensor
+
+from vitprobe.aggregation.attended import Oracle
 from vitprobe.aggregation.base import Aggregator
-from vitprobe.aggregation.blocks import Cait, VitBlock, VJepa
-from vitprobe.aggregation.convolutional import Cbam, Dolg
-from vitprobe.aggregation.language import Clip, Coca, Siglip
-from vitprobe.aggregation.queries import Aim, Cae, Capi, EfficientProbing, SimPool
-from vitprobe.aggregation.simple import Center, Cls, ClsGap, Gap, Gem, Max
-from vitprobe.aggregation.tokencut import TokenCut
+from vitprobe.aggregation.finding import resolve
+from vitprobe.aggregation.registering import SOURCES, options_of
+from vitprobe.aggregation.table import AGGREGATORS
 from vitprobe.errors import UserError
 from vitprobe.layout import TokenLayout
-
-AGGREGATORS: dict[str, Callable[..., Aggregator]] = {
-    "cls": Cls,
-    "gap": Gap,
-    "cls+gap": ClsGap,
-    "max": Max,
-    "gem": Gem,
-    **{f"center{size}": partial(Center, size=size) for size in range(1, 5)},
-    **{f"center_attention{size}": partial(CenterAttention, size=size) for size in range(1, 5)},
-    "cls_attention": ClsAttention,
-    "cls_attention_min_entropy": ClsAttentionMinEntropy,
-    "tokencut": TokenCut,
-    "abmilp": AbMilp,
-    "ep": EfficientProbing,
-    "simpool": SimPool,
-    "aim": Aim,
-    "capi": Capi,
-    "cae": Cae,
-    "clip": Clip,
-    "siglip": Siglip,
-    "vjepa": VJepa,
-    "coca": Coca,
-    "cait": Cait,
-    "vit_block": VitBlock,
-    "cbam": Cbam,
-    "dolg": Dolg,
-}
+from vitprobe.plugins import load_plugins
 
 _ORACLE = "oracle:"
 _NAME = re.compile(r"(?P<base>[^()]+)(?:\((?P<options>[^()]*)\))?")
@@ -55,6 +27,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 def names() -> list[str]:
     """The names of all aggregators; `oracle:<model>` stands for one with any model's name in it."""
+    load_plugins()
     return [*AGGREGATORS, f"{_ORACLE}<model>"]
 
 
@@ -68,13 +41,14 @@ def create(name: str, *, dim: int, layout: TokenLayout | None = None, **options:
 
     Args:
         name: one of `names()`, with `_all` after it for [cls] and patches instead of patches alone, and perhaps with
-            options in brackets: `abmilp_all(depth=2,activation=tanh)`.
+            options in brackets: `abmilp_all(depth=2,activation=tanh)`. Or where one of your own is found:
+            `my_package.my_module:MyAggregator` or `path/to/file.py:MyAggregator`, also with options.
         dim: numbers a token.
         layout: of the tokens; needed by `clip` alone.
         **options: the same options, by name.
 
     Raises:
-        UserError: for a name or an option that there is not, and where sizes do not fit.
+        UserError: for a name or an option that there is not, for what is no aggregator, and where sizes do not fit.
     """
     match = _NAME.fullmatch(name)
     base, given = (name, "") if match is None else (match["base"], match["options"] or "")
@@ -88,29 +62,58 @@ def create(name: str, *, dim: int, layout: TokenLayout | None = None, **options:
     if "layout" in inspect.signature(kind).parameters:
         kind = partial(kind, layout=layout)
     aggregator = kind(dim=dim, **chosen)
+    if base in SOURCES:
+        if not isinstance(aggregator, Aggregator):
+            raise UserError(f"{base} made a {type(aggregator).__name__}, not a vitprobe.aggregation.Aggregator")
+        aggregator.source = SOURCES[base]
+        aggregator.register_forward_hook(_check_vectors, with_kwargs=True)
     aggregator.name = _canonical(base, defaults, chosen)
     return aggregator
 
 
+def is_known(name: str) -> bool:
+    """Whether `create` finds this name without importing anything for it but plugins."""
+    base = name.partition("(")[0]
+    if ":" in base and not base.startswith(_ORACLE):
+        return False
+    try:
+        return bool(_find(base))
+    except UserError:
+        return False
+
+
+def _check_vectors(aggregator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], vectors: Any) -> None:
+    """Hook on aggregators from outside.
+
+    Raises:
+        UserError: for vectors of another shape than they announce.
+    """
+    batch = (*args, *kwargs.values())[0]
+    wanted = (len(batch), aggregator.out_dim)
+    came = tuple(vectors.shape) if isinstance(vectors, Tensor) else type(vectors).__name__
+    if came != wanted:
+        raise UserError(
+            f"{aggregator.name} gave {came}, not {wanted}, (B, out_dim): return one vector per image, and say its "
+            f"width with super().__init__(dim, out_dim=…)"
+        )
+
+
 def _find(base: str) -> tuple[str, Callable[..., Aggregator], dict[str, Any], bool]:
     """The name without `_all`, what makes the aggregator, the defaults of its options, whether `_all` was there."""
-    plain = base.removesuffix("_all")
     if base.startswith(_ORACLE) and len(base) > len(_ORACLE):
         kind = partial(Oracle, model=base.removeprefix(_ORACLE))
-        return base, kind, _defaults(kind), False
+        return base, kind, options_of(kind), False
+    if ":" in base and not base.startswith(_ORACLE):
+        base = resolve(base)
+    plain = base.removesuffix("_all")
+    if not {base, plain} & AGGREGATORS.keys():
+        load_plugins()
     if base in AGGREGATORS:
-        return base, AGGREGATORS[base], _defaults(AGGREGATORS[base]), False
-    if plain in AGGREGATORS and "tokens" in _defaults(AGGREGATORS[plain]):
-        return plain, AGGREGATORS[plain], _defaults(AGGREGATORS[plain]), True
+        return base, AGGREGATORS[base], options_of(AGGREGATORS[base]), False
+    if plain in AGGREGATORS and "tokens" in options_of(AGGREGATORS[plain]):
+        return plain, AGGREGATORS[plain], options_of(AGGREGATORS[plain]), True
     near = get_close_matches(base, names(), n=3, cutoff=0.5) or names()
     raise UserError(f"no aggregator is called {base!r}; the nearest: {', '.join(near)}")
-
-
-def _defaults(kind: Callable[..., Aggregator]) -> dict[str, Any]:
-    """The options of an aggregator: what its constructor takes by name alone, and what no name has fixed."""
-    fixed = kind.keywords if isinstance(kind, partial) else {}
-    parameters = inspect.signature(kind).parameters.values()
-    return {one.name: one.default for one in parameters if one.kind is one.KEYWORD_ONLY and one.name not in fixed}
 
 
 def _split(base: str, given: str) -> dict[str, str]:

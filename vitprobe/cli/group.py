@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+from functools import cached_property
 from typing import Any, NoReturn
 
 import click
@@ -16,7 +17,24 @@ from vitprobe.runs.torchrun import rank
 
 
 class Commands(click.Group):
-    """A group whose errors are one line each: exit status 2 for the user's mistake, 130 for Ctrl-C."""
+    """A group whose errors are one line each: exit status 2 for the user's mistake, 130 for Ctrl-C.
+
+    Its commands are vitprobe's own and those of installed plugins.
+    """
+
+    @cached_property
+    def _plugged(self) -> dict[str, click.Command]:
+        from vitprobe.cli.plugged import plugin_commands
+
+        return plugin_commands(set(self.commands))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name; plugins are asked only for what vitprobe does not have."""
+        return super().get_command(ctx, cmd_name) or self._plugged.get(cmd_name)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names, for help."""
+        return [*super().list_commands(ctx), *self._plugged]
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command line and exit."""

@@ -9,23 +9,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vitprobe.profile.profile import Profile
 
-# The first three that a run has are printed; all are in summary.csv.
-HEADINGS = {
-    "cls_self_attention": "[cls] self-attention",
-    "cls_entropy_share": "[cls] entropy / log N",
-    "patch_self_attention_ratio": "patch self-attention",
-    "patch_entropy_share": "patch entropy / log N",
-    "attention_distance": "distance in patches",
-}
-
 FEW_IMAGES = "few images (n = {n}): intervals of skewed values may be too narrow (docs/intervals.md)"
 
 
 def profile_table(profile: Profile) -> str:
     """Three main statistics of each block with their intervals, for the screen."""
     from vitprobe.profile.intervals import FEW
+    from vitprobe.statistics import STATISTICS
 
-    shown = [name for name in HEADINGS if name in profile.statistics][:3] or profile.statistics[:3]
+    headings = {name: entry.heading for name, entry in STATISTICS.items() if entry.heading is not None}
+    # The first three that a run has are printed; all are in summary.csv.
+    shown = [name for name in headings if name in profile.statistics][:3] or profile.statistics[:3]
     table = profile.table(shown)
     table = table[table["head"].isna()]
     columns = {"block": [str(block) for block in range(profile.num_blocks)]}
@@ -33,7 +27,7 @@ def profile_table(profile: Profile) -> str:
         rows = table[table["statistic"] == name]
         cells = zip(rows["center"], rows["ci_low"], rows["ci_high"], rows["interval"] != "none", strict=True)
         about = " (geometric mean)" if "geometric mean" in set(rows["about"]) else ""
-        columns[HEADINGS.get(name, name) + about] = [
+        columns[headings.get(name, name) + about] = [
             f"{center:.4f} [{low:.4f}, {high:.4f}]" if known else f"{center:.4f}" for center, low, high, known in cells
         ]
     images = profile.unfinished or f"{profile.num_images} image{'s' * (profile.num_images != 1)}"

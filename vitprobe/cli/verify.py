@@ -32,8 +32,8 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
     type=SomeText(),
     multiple=True,
     metavar="NAME",
-    help="A way to aggregate, with options in brackets: abmilp(depth=2); repeatable; docs/verification.md lists them.  "
-    "[cls, gap, abmilp, ep]",
+    help="A way to aggregate, with options in brackets: abmilp(depth=2), or your own as module:Name or file.py:Name; "
+    "repeatable; docs/verification.md lists them.  [cls, gap, abmilp, ep]",
 )
 @click.option("--aggregators", "with_commas", type=SomeText(), hidden=True)  # the old spelling
 @click.option(

@@ -77,9 +77,14 @@ class Curve:
     unfinished: str | None = None
 
     @property
+    def has_interval(self) -> bool:
+        """Whether there is an interval at any block."""
+        return bool(np.isfinite(self.rows[["ci_low", "ci_high"]].to_numpy(float)).all(axis=1).any())
+
+    @property
     def no_interval(self) -> str | None:
         """Why there is no interval at any block; None if there is one."""
-        if np.isfinite(self.rows[["ci_low", "ci_high"]].to_numpy(float)).all(axis=1).any():
+        if self.has_interval:
             return None
         few = int(self.rows["n"].to_numpy(int).min()) < 2
         if few:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +18,26 @@ from vitprobe.figures.style import NOTE_SIZE, Look, looks, paradigm_look
 from vitprobe.statistics import Statistic
 
 
-def draw(
+@dataclass(frozen=True)
+class YAxis:
+    """The vertical axis.
+
+    Attributes:
+        label: its words, with the unit.
+        lines: height → words of the dashed lines across the axes.
+        numbered: whether the words of a line that stands alone say its height too.
+        from_zero: whether it begins at the lowest bound; else just under the lowest value drawn.
+        free: whether its limits follow the values alone, as no bounds are known.
+    """
+
+    label: str
+    lines: Mapping[Any, str]
+    numbered: bool = False
+    from_zero: bool = True
+    free: bool = False
+
+
+def draw_statistic(
     ax: Axes,
     entry: Statistic,
     curves: Sequence[Curve],
@@ -26,16 +47,40 @@ def draw(
     heads: bool,
     own: bool,
 ) -> None:
-    """Draw curves, maxima, axis labels, legend and note; call it inside `style()`.
+    """Draw the curves of a statistic; `bands` for its intervals, the rest as for `draw_curves`."""
+    mean = "geometric mean" if any(curve.is_geometric for curve in curves) else "mean"
+    unit = entry.unit if mean == "mean" else f"{mean}, {entry.unit}"
+    axis = YAxis(f"{entry.label} ({unit})", _maxima(entry, curves), numbered=True, from_zero=entry.from_zero)
+    notes = _interval_notes(curves, mean) if bands else []
+    signed = [curve.name for curve in curves if curve.is_signed]
+    last = [f"signed, as attention is a difference A1 − λ·A2: {', '.join(signed)}"] if signed else []
+    draw_curves(ax, axis, curves, missing, bands=bands, heads=heads, own=own, notes=notes, last_notes=last)
+
+
+def draw_curves(
+    ax: Axes,
+    axis: YAxis,
+    curves: Sequence[Curve],
+    missing: Sequence[tuple[str, str]],
+    *,
+    bands: bool,
+    heads: bool,
+    own: bool,
+    notes: Sequence[str] = (),
+    last_notes: Sequence[str] = (),
+) -> None:
+    """Draw curves, lines across, axis labels, legend and note; call it inside `style()`.
 
     Args:
         ax: the axes to draw on.
-        entry: the statistic.
-        curves: one a model that has it.
+        axis: the vertical axis.
+        curves: one per model that has the values.
         missing: name and reason of each model that has not.
-        bands: whether to draw the intervals.
-        heads: whether to add a thin line a head.
+        bands: whether to draw intervals.
+        heads: whether to add a thin line per head.
         own: whether the figure is ours, so that it may grow by what stands under its axes.
+        notes: lines of the note before what it says of unfinished runs and heads.
+        last_notes: lines after that.
     """
     relative = len({curve.num_blocks for curve in curves}) > 1
     handles = []
@@ -44,19 +89,16 @@ def draw(
             for rows in curve.heads.values():
                 ax.plot(_x(curve, rows, relative), rows["center"].to_numpy(float), color=look.color,
                         linestyle=look.linestyle, linewidth=0.5, alpha=0.4, label="_head", zorder=1.8)  # fmt: skip
-        if bands and curve.no_interval is None:
+        if bands and curve.has_interval:
             _band(ax, curve, look, relative)
         handles.append(_line(ax, curve, look, relative))
 
-    maxima = _maxima(entry, curves)
-    _set_limits(ax, entry, curves, maxima)
-    _maximum_lines(ax, maxima)
+    _set_limits(ax, axis, curves)
+    _lines_across(ax, axis)
     if not relative:
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    mean = "geometric mean" if any(curve.is_geometric for curve in curves) else "mean"
-    unit = entry.unit if mean == "mean" else f"{mean}, {entry.unit}"
-    set_axis_labels(ax, "relative depth (0 first, 1 last)" if relative else "block", f"{entry.label} ({unit})")
-    height = add_below(ax, handles, _notes(curves, missing, mean, bands, heads))
+    set_axis_labels(ax, "relative depth (0 first, 1 last)" if relative else "block", axis.label)
+    height = add_below(ax, handles, [*notes, *_run_notes(curves, heads), *last_notes, *_missing_notes(missing)])
     if own:
         ax.figure.set_size_inches(ax.figure.get_figwidth(), ax.figure.get_figheight() + height)  # pyright: ignore
 
@@ -88,43 +130,43 @@ def _x(curve: Curve, rows: pd.DataFrame, relative: bool) -> np.ndarray:
 
 
 def _maxima(entry: Statistic, curves: Sequence[Curve]) -> dict[float, str]:
-    """Height → words of the maxima worth a line: log N of entropies, a line a number of patches, or their share's 1."""
-    if entry.unit == "nats":
-        return {
-            high: f"log {patches}" for patches, high in sorted({(c.layout.num_patches, c.bounds[1]) for c in curves})
-        }
-    if entry.name.endswith("entropy_share"):
-        return {curves[0].bounds[1]: "uniform over the patches"}
-    return {}
+    """Height → words of the maxima worth a line: log N of entropies, one per number of patches, or their share's 1."""
+    if entry.maximum is None:
+        return {}
+    by_size = sorted(curves, key=lambda curve: (curve.layout.num_patches, curve.bounds[1]))
+    return {curve.bounds[1]: f"maximum: {entry.maximum(curve.layout)}" for curve in by_size}
 
 
-def _maximum_lines(ax: Axes, maxima: dict[float, str]) -> None:
+def _lines_across(ax: Axes, axis: YAxis) -> None:
     """A dashed line each, with its words over its right end; lines too near for that share one over the highest."""
     bottom, top = ax.get_ylim()
     groups: list[list[float]] = []
-    for value in sorted(maxima):
+    for value in sorted(axis.lines):
         ax.axhline(value, color="#555555", linewidth=0.8, linestyle=(0, (5, 3)), label="_maximum", zorder=1.4)
         if groups and value - groups[-1][-1] < 0.085 * (top - bottom):
             groups[-1].append(value)
         else:
             groups.append([value])
     for group in groups:
-        words = ", ".join(maxima[value] for value in group)
-        if len(group) == 1 and words.startswith("log"):
+        first, *others = (axis.lines[value] for value in group)
+        words = ", ".join([first, *(other.removeprefix("maximum: ") for other in others)])
+        if len(group) == 1 and axis.numbered and group[0] != 1:  # of a share's 1 there is nothing to add
             words = f"{words} = {group[0]:.2f}"
         ax.annotate(
-            f"maximum: {words}", xy=(1, group[-1]), xycoords=("axes fraction", "data"), xytext=(0, 1.5),
+            words, xy=(1, group[-1]), xycoords=("axes fraction", "data"), xytext=(0, 1.5),
             textcoords="offset points", ha="right", va="bottom", fontsize=NOTE_SIZE, color="#444444", zorder=1.4,
         )  # fmt: skip
 
 
-def _set_limits(ax: Axes, entry: Statistic, curves: Sequence[Curve], maxima: dict[float, str]) -> None:
+def _set_limits(ax: Axes, axis: YAxis, curves: Sequence[Curve]) -> None:
     """Limits of y from the profiles' bounds: shares and distances from 0, entropies up to log N, ratios log-scaled.
 
     The axis of an entropy in nats starts under its lowest value, as the distance to the maximum is what is read off;
     but it always shows the upper quarter, lest rounding look like a trend. Signed values have an axis that shows them
     all, and 0.
     """
+    if axis.free:
+        return
     if all(curve.is_ratio for curve in curves):
         ax.set_yscale("log")
         _log_ticks(ax)
@@ -134,11 +176,11 @@ def _set_limits(ax: Axes, entry: Statistic, curves: Sequence[Curve], maxima: dic
         return
     lowest = min(curve.bounds[0] for curve in curves)
     bottom, top = ax.get_ylim()
-    if entry.unit == "nats":
-        lowest = max(lowest, min(bottom, 0.75 * min(maxima)))
+    if not axis.from_zero:
+        lowest = max(lowest, min(bottom, 0.75 * min(curve.bounds[1] for curve in curves)))
     top = max(top, lowest + 1.05 * (ax.dataLim.y1 - lowest))  # matplotlib's own margin is nothing over a level line
-    if maxima:
-        top = max(maxima) + 0.1 * (max(maxima) - lowest)  # room for the words over the line
+    if axis.lines:
+        top = max(top, max(axis.lines) + 0.1 * (max(axis.lines) - lowest))  # room for the words over the line
     if top <= lowest:  # a single patch, where every entropy and distance is 0
         top = lowest + 1.0
     ax.set_ylim(lowest, top)
@@ -163,27 +205,30 @@ def _log_ticks(ax: Axes) -> None:
         ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _notes(
-    curves: Sequence[Curve], missing: Sequence[tuple[str, str]], mean: str, bands: bool, heads: bool
-) -> list[str]:
-    """What a reader must know: what bands and thin lines are, and which model is left out and why."""
+def _interval_notes(curves: Sequence[Curve], mean: str) -> list[str]:
+    """What bands are, and which of them are doubtful or missing."""
     notes = []
-    if bands and any(curve.no_interval is None for curve in curves):
+    if any(curve.has_interval for curve in curves):
         notes.append(f"bands: 95 % interval of the {mean} over images")
-    for n in sorted({curve.few for curve in curves if bands and curve.few}):
+    for n in sorted({curve.few for curve in curves if curve.few}):
         names = ", ".join(curve.name for curve in curves if curve.few == n)
         notes.append(f"few images (n = {n}), intervals of skewed values may be too narrow: {names}")
-    for reason in {curve.no_interval: None for curve in curves if bands and curve.no_interval}:
+    for reason in {curve.no_interval: None for curve in curves if curve.no_interval}:
         names = ", ".join(curve.name for curve in curves if curve.no_interval == reason)
         notes.append(f"plain mean without interval ({reason}): {names}")
+    return notes
+
+
+def _run_notes(curves: Sequence[Curve], heads: bool) -> list[str]:
+    """Which runs are not complete, and what thin lines are."""
+    notes = []
     unfinished = [f"{curve.name} ({curve.unfinished})" for curve in curves if curve.unfinished]
     if unfinished:
         notes.append(f"unfinished: {', '.join(unfinished)}")
     if heads and any(curve.heads for curve in curves):
         notes.append("thin lines: single heads")
-    signed = [curve.name for curve in curves if curve.is_signed]
-    if signed:
-        notes.append(f"signed, as attention is a difference A1 − λ·A2: {', '.join(signed)}")
-    if missing:
-        notes.append("not shown: " + "; ".join(f"{name} ({reason})" for name, reason in missing))
     return notes
+
+
+def _missing_notes(missing: Sequence[tuple[str, str]]) -> list[str]:
+    return ["not shown: " + "; ".join(f"{name} ({reason})" for name, reason in missing)] if missing else []

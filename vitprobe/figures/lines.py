@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 from matplotlib.axes import Axes
 
 from vitprobe.errors import UserError
 from vitprobe.figures.curves import Profiles, as_list, read_curves
-from vitprobe.figures.drawing import draw
+from vitprobe.figures.drawing import draw_statistic
 from vitprobe.figures.style import new_axes, style
 from vitprobe.statistics import select
 
@@ -29,11 +31,25 @@ def cls_entropy(
     return statistic(profiles, "cls_entropy", ax=ax, errorbar=errorbar, heads=heads)
 
 
-def patch_self_attention(
+def patch_self_attention_ratio(
     profiles: Profiles | object, *, ax: Axes | None = None, errorbar: ErrorBar | None = INTERVAL, heads: bool = False
 ) -> Axes:
     """Figure 5 of the paper: patches' attention to themselves over that to all patches, per block; as `statistic`."""
     return statistic(profiles, "patch_self_attention_ratio", ax=ax, errorbar=errorbar, heads=heads)
+
+
+def patch_self_attention(
+    profiles: Profiles | object, *, ax: Axes | None = None, errorbar: ErrorBar | None = INTERVAL, heads: bool = False
+) -> Axes:
+    """Draw `patch_self_attention_ratio`, with a DeprecationWarning: this name is another statistic's."""
+    warnings.warn(
+        "figures.patch_self_attention draws the statistic patch_self_attention_ratio and is called "
+        "figures.patch_self_attention_ratio now; for patch_self_attention itself use "
+        "figures.statistic(profiles, 'patch_self_attention')",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return patch_self_attention_ratio(profiles, ax=ax, errorbar=errorbar, heads=heads)
 
 
 def statistic(
@@ -75,5 +91,5 @@ def statistic(
     with style():
         own = ax is None
         ax = new_axes() if ax is None else ax
-        draw(ax, entry, curves, missing, bands=errorbar is not None, heads=heads, own=own)
+        draw_statistic(ax, entry, curves, missing, bands=errorbar is not None, heads=heads, own=own)
     return ax

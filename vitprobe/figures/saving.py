@@ -10,19 +10,17 @@ from matplotlib.figure import Figure
 
 from vitprobe.errors import UserError
 from vitprobe.figures.curves import Profiles, as_list, read_curves
-from vitprobe.figures.drawing import draw
+from vitprobe.figures.drawing import draw_statistic
 from vitprobe.figures.style import plain_axes, style
 from vitprobe.files import disk_errors, write_atomically
-from vitprobe.statistics import STATISTICS
+from vitprobe.statistics import STATISTICS, of_the_paper
 
 # Format → its metadata: no date of creation, so that the same figure is the same file.
 FORMATS = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}
 
-PAPER_FIGURES = {
-    "figure3_cls_self_attention": "cls_self_attention",
-    "figure4_cls_entropy": "cls_entropy",
-    "figure5_patch_self_attention": "patch_self_attention_ratio",
-}
+# Figure of the paper → its file's name without the ending, which papers include.
+_STEMS = {3: "figure3_cls_self_attention", 4: "figure4_cls_entropy", 5: "figure5_patch_self_attention"}
+PAPER_FIGURES = {_STEMS[each.figure]: each.name for each in of_the_paper() if each.figure is not None}
 
 
 def save_figure(ax_or_figure: Axes | Figure, stem: str | Path) -> list[Path]:
@@ -61,7 +59,7 @@ def save_paper_figures(profiles: Profiles | object, out: str | Path) -> list[Pat
         if curves:
             with style():
                 ax = plain_axes()
-                draw(ax, STATISTICS[name], curves, missing, bands=True, heads=False, own=True)
+                draw_statistic(ax, STATISTICS[name], curves, missing, bands=True, heads=False, own=True)
             written += save_figure(ax, Path(out) / stem)
     return written
 

@@ -28,7 +28,8 @@ from vitprobe.models.anatomy.measured import being_measured
 from vitprobe.models.anatomy.order import measure_order
 from vitprobe.models.anatomy.parts import Anatomy, Layouts, first_tensor, run_eagerly, use_fused_attention
 from vitprobe.statistics import compute_statistics, select
-from vitprobe.statistics.table import Asks, available_needs
+from vitprobe.statistics.computing import available_needs
+from vitprobe.statistics.table import Asks
 
 Keep = Literal["qk", "statistics"]
 Kernel = Literal["auto", "torch", "model"]

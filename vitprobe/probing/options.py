@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vitprobe.aggregation.registering import as_name
 from vitprobe.data.labelled import has_loader
 from vitprobe.errors import UserError
 from vitprobe.probing.protocols import Protocol, find_protocol
@@ -16,7 +17,7 @@ from vitprobe.runs.options import RunOptions
 class VerifyOptions(RunOptions):
     """The arguments of `vitprobe.verify`, which explains them; checked before anything is loaded."""
 
-    aggregators: Sequence[Any] | str | None = None
+    aggregators: Any = None
     protocol: str | Protocol = "fast"
     blocks: Sequence[int] | None = None
     norm: bool | None = None
@@ -26,8 +27,10 @@ class VerifyOptions(RunOptions):
         """Raises a UserError for the first option that makes no sense."""
         settled = find_protocol(self.protocol)
         object.__setattr__(self, "protocol", settled.independent() if self.independent_seeds else settled)
-        if isinstance(self.aggregators, str):
-            object.__setattr__(self, "aggregators", [self.aggregators])
+        if self.aggregators is not None:
+            alone = isinstance(self.aggregators, str) or callable(self.aggregators)
+            asked = [self.aggregators] if alone else self.aggregators
+            object.__setattr__(self, "aggregators", [as_name(each) for each in asked])
         super().__post_init__()
         if self.resume and has_loader(self.data):
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from vitprobe.aggregation import create
+from vitprobe.aggregation import Aggregator, create
+from vitprobe.aggregation.finding import resolve
+from vitprobe.aggregation.registering import as_name
+from vitprobe.aggregation.registry import is_known
 from vitprobe.data.batches import iterate, iterate_loader
 from vitprobe.data.sources import LoaderImages, open_images
 from vitprobe.data.streams import StreamImages
@@ -121,6 +124,7 @@ def save_probe(
         "vitprobe": package_version("vitprobe"),
         "spec": asdict(spec),
         "dim": dim,
+        "aggregator_source": probe.aggregator.source,
         "classes": list(classes),
         "arguments": {key: manifest["arguments"].get(key) for key in _GIVEN},
         **{key: manifest[key] for key in ("model", "protocol", "data")},
@@ -132,19 +136,28 @@ def save_probe(
     return path
 
 
-def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | None = None) -> LoadedProbe:
+def load_probe(
+    path: str | Path,
+    model: Any = None,
+    *,
+    checkpoint: str | Path | None = None,
+    aggregator: str | Callable[..., Aggregator] | None = None,
+) -> LoadedProbe:
     """A probe that `verify` trained, with its model, ready to embed images.
 
     Args:
         path: a file from a run's `probes/`.
         model: the frozen model, as `load_model` takes it; by default the one the probe was trained on, by its name.
         checkpoint: the file with that model's weights, where it was loaded from one and has moved.
+        aggregator: the class or function of an aggregator from outside the package that is not registered here, or
+            where it is found, as in `my_module:MyAggregator`. No code is imported because a file names it.
 
     Returns:
         What has `embed(images)` and `classify(images)`.
 
     Raises:
-        UserError: where the file is no probe, or the model's weights are not those it was trained on.
+        UserError: where the file is no probe, its aggregator is not known here (with what to do), or the model's
+            weights are not those it was trained on.
     """
     path = Path(path)
     words, tensors = _read(path)
@@ -164,6 +177,7 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
             f"the ones of SHA-256 {words['model']['weights_sha256'][:12]}… with load_probe(path, model)"
         )
     spec = ProbeSpec(**{**words["spec"], "tap": Tap(**words["spec"]["tap"])})
+    _require_aggregator(path, spec.aggregator, words.get("aggregator_source", ""), aggregator)
     probe = Probe(create(spec.aggregator, dim=words["dim"], layout=loaded.layout), len(words["classes"]))
     try:
         probe.load_state_dict(tensors)
@@ -175,6 +189,23 @@ def load_probe(path: str | Path, model: Any = None, *, checkpoint: str | Path | 
     about = {"protocol": words["protocol"], "data": words["data"]}
     dtype = words["forward_dtype"]
     return LoadedProbe(loaded, probe.requires_grad_(False).eval(), spec, tuple(words["classes"]), about, dtype)
+
+
+def _require_aggregator(path: Path, name: str, source: str, given: Any) -> None:
+    """Register the aggregator that was given.
+
+    Raises:
+        UserError: where that of the probe is not known then.
+    """
+    if isinstance(given, str):
+        resolve(given)
+    elif given is not None:
+        as_name(given)
+    if not is_known(name):
+        advice = f"give aggregator={source!r}" if source and given is None else "give its class as aggregator="
+        raise UserError(
+            f"{path} was trained with the aggregator {name}, which is not registered here: {advice} to load_probe"
+        )
 
 
 def _load_model(given: Mapping[str, Any], model: Any, checkpoint: str | Path | None) -> LoadedModel:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vitprobe.aggregation import Aggregator
 from vitprobe.probing.methods import classify_vectors, train_probes
 from vitprobe.probing.options import VerifyOptions
 from vitprobe.probing.plan import Plan, make_plan
@@ -25,7 +26,7 @@ from vitprobe.runs.same import require_same
 def verify(
     model: ModelLike,
     data: Any = None,
-    aggregators: Sequence[str] | None = None,
+    aggregators: Sequence[str | Callable[..., Aggregator]] | str | Callable[..., Aggregator] | None = None,
     *,
     protocol: ProtocolName | Protocol = "fast",
     checkpoint: str | Path | None = None,
@@ -60,8 +61,9 @@ def verify(
         model: anything that `load_model` takes.
         data: anything that `vitprobe.data.labelled.open_labelled` takes: a folder with train/ and val/, tars of that
             shape, a pair of paths; without it scikit-learn's digits.
-        aggregators: names that `vitprobe.aggregation.create` takes, with options in brackets; without it cls, gap,
-            abmilp and ep (for protocols that train none: cls and gap), less what the model has not.
+        aggregators: names that `vitprobe.aggregation.create` takes, with options in brackets, or classes of your own
+            (subclasses of `vitprobe.aggregation.Aggregator`, or functions that make one); without it cls, gap, abmilp
+            and ep (for protocols that train none: cls and gap), less what the model has not.
         protocol: "fast", "cached", "knn", "logistic", or a `Protocol`.
         checkpoint: as for `load_model`.
         arch: as for `load_model`.

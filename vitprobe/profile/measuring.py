@@ -16,6 +16,7 @@ from vitprobe.frozen.dtype import MEASURED_IMAGES, ForwardDtype
 from vitprobe.frozen.forward import Forward
 from vitprobe.hooks.capture import Capture
 from vitprobe.models.loaded import LoadedModel
+from vitprobe.statistics import STATISTICS
 
 
 class Measurement:
@@ -63,9 +64,8 @@ class Measurement:
         return {name: value.float().cpu() for name, value in self.attention.statistics().items()}
 
     def _require_finite(self, values: dict[str, Tensor], names: list[str]) -> None:
-        # Infinite is right in one place: where [cls] gives the patches less than float32 can hold.
         bad = [
-            (value.isnan() if key == "cls_self_attention_ratio" else ~value.isfinite()).any(dim=2)
+            (value.isnan() if STATISTICS[key].infinite else ~value.isfinite()).any(dim=2)
             for key, value in values.items()
         ]
         images, blocks = torch.stack(bad).any(dim=0).nonzero(as_tuple=True)

@@ -21,16 +21,14 @@ from vitprobe.profile.intervals import Estimate, Running, group_sizes, statistic
 from vitprobe.profile.values import SHARD_FOLDER, SHARDS, ShardValues
 from vitprobe.runs.folder import RunFolder
 from vitprobe.runs.kind import Kind
-from vitprobe.statistics import STATISTICS, select
+from vitprobe.statistics import STATISTICS, comparable, is_known, select
 
 SUMMARIES = ("summary.csv", "summary.parquet")
 KIND = Kind("analyze", "vitprobe.Profile.load", results=(f"{SHARD_FOLDER}/{SHARDS}", *SUMMARIES))
 
-# What `summary` shows: the paper's three, and the two that explain them.
+# What `summary` shows: the paper's three, comparable between models, and those that explain them.
 SUMMARY = (
-    "cls_self_attention",
-    "cls_entropy_share",
-    "patch_self_attention_ratio",
+    *(statistic.name for statistic in comparable()),
     "patches_to_cls",
     "patch_entropy_share",
     "attention_distance",
@@ -164,7 +162,7 @@ class Profile:
         Raises:
             UserError: for a statistic that this profile does not hold, with the reason.
         """
-        for name in statistics or ():
+        for name in statistics or self.statistics:
             self._require(name)
         frames = [frame for name in statistics or self.statistics for frame in self._frames(name)]
         table = pd.concat(frames, ignore_index=True)
@@ -203,6 +201,8 @@ class Profile:
         )
 
     def _require(self, name: str) -> None:
+        if name in self.statistics and not is_known(name):
+            raise UserError(f"{self.name} holds {name}, which is not declared here: import the module that declares it")
         select([name])
         if name not in self.statistics:
             reason = self.undefined.get(name, "was not asked for in this run")

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
-# The curves that two profiles are compared by: the paper's three figures, each from 0 to 1.
-COMPARED = ("cls_self_attention", "cls_entropy_share", "patch_self_attention_ratio")
+from vitprobe.statistics import comparable
+
+# The curves that two profiles are compared by: the paper's three, each from 0 to 1, so that none outweighs the others.
+COMPARED = tuple(statistic.name for statistic in comparable())
 
 
 @dataclass(frozen=True)

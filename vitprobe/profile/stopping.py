@@ -4,7 +4,8 @@ Images come in random order. After each shard, the mean over heads of every stat
 half-width of its interval is at most
 
 - T·|mean|,
-- T·log N for an entropy in nats and T for one as a share of log N, whose maxima are these,
+- T·log N for an entropy in nats and T for one as a share of log N: T times the highest value, for statistics that are
+  read against it (`Statistic.maximum`),
 - T on the log scale for a ratio without an upper bound: a factor of e^T about its geometric mean,
 
 and the run stops when all are known, after at least `FEWEST_GROUPS` independent groups. The interval is of a confidence
@@ -69,7 +70,7 @@ def required_precision(names: Sequence[str], tolerance: float, layout: TokenLayo
         low, high = bounds = statistic_bounds(name, layout, signed)
         if on_log_scale(bounds):
             rows.append((0.0, tolerance, True, math.inf))
-        elif STATISTICS[name].unit == "nats" or name.endswith("_entropy_share"):
+        elif STATISTICS[name].maximum is not None:
             rows.append((0.0, tolerance * high, False, high - low))
         else:
             rows.append((tolerance, 0.0, False, high - low))

@@ -17,7 +17,7 @@ from torch import Tensor
 from vitprobe.attention.rows import RowSummary
 from vitprobe.attention.view import AttentionView
 from vitprobe.layout import TokenLayout
-from vitprobe.statistics.table import declare
+from vitprobe.statistics.table import enter
 
 PerHead = Float[Tensor, "batch head"]
 
@@ -28,6 +28,14 @@ def _share(layout: TokenLayout) -> tuple[float, float]:
 
 def _entropy(layout: TokenLayout) -> tuple[float, float]:
     return 0.0, math.log(layout.num_patches)
+
+
+def _in_nats(layout: TokenLayout) -> str:
+    return f"log {layout.num_patches}"
+
+
+def _in_words(layout: TokenLayout) -> str:
+    return "uniform over the patches"
 
 
 def _one_of_tokens(layout: TokenLayout) -> float:
@@ -68,7 +76,7 @@ def _clamp_entropy(entropy: Tensor, layout: TokenLayout) -> Tensor:
     return torch.where((entropy - inside).abs() <= tolerance, inside, entropy)
 
 
-@declare(
+@enter(
     "cls_self_attention",
     "[cls] self-attention",
     "share",
@@ -78,6 +86,7 @@ def _clamp_entropy(entropy: Tensor, layout: TokenLayout) -> Tensor:
     released_name="cls_cls_attention",
     asks="cls",
     uniform=_one_of_tokens,
+    heading="[cls] self-attention",
 )
 def cls_self_attention(view: AttentionView) -> PerHead:
     """A_00: the share of its attention that [cls] gives to itself, 0 to 1 (the paper's Figure 3)."""
@@ -85,7 +94,7 @@ def cls_self_attention(view: AttentionView) -> PerHead:
     return torch.exp(rows.self_logits[..., 0] - rows.log_z[..., 0])
 
 
-@declare(
+@enter(
     "cls_self_attention_ratio",
     "[cls] self-attention / its attention to patches",
     "ratio",
@@ -94,6 +103,7 @@ def cls_self_attention(view: AttentionView) -> PerHead:
     released_name="cls_cls_attention_adj_for_cls",
     asks="cls",
     uniform=_one_of_patches,
+    infinite=True,  # where [cls] gives the patches less than float32 can hold
 )
 def cls_self_attention_ratio(view: AttentionView) -> PerHead:
     """A_00 / S_0: what [cls] gives itself per unit that it gives the patches, 0 to ∞ (an odds, not a share)."""
@@ -101,7 +111,7 @@ def cls_self_attention_ratio(view: AttentionView) -> PerHead:
     return torch.exp(rows.self_logits[..., 0] - rows.log_z_patches[..., 0])
 
 
-@declare(
+@enter(
     "cls_to_patches",
     "[cls] attention to a patch, mean",
     "share",
@@ -117,7 +127,7 @@ def cls_to_patches(view: AttentionView) -> PerHead:
     return torch.exp(rows.log_z_patches[..., 0] - rows.log_z[..., 0]) / view.layout.num_patches
 
 
-@declare(
+@enter(
     "cls_to_registers",
     "[cls] attention to registers",
     "share",
@@ -133,7 +143,7 @@ def cls_to_registers(view: AttentionView) -> PerHead:
     return torch.exp(logits.logsumexp(dim=-1) - rows.log_z[..., 0])
 
 
-@declare(
+@enter(
     "cls_entropy",
     "[cls] attention entropy over patches",
     "nats",
@@ -143,13 +153,15 @@ def cls_to_registers(view: AttentionView) -> PerHead:
     released_name="cls_pos_entropy",
     asks="cls",
     uniform=lambda layout: math.log(layout.num_patches),
+    maximum=_in_nats,
+    from_zero=False,  # the distance to the maximum is what is read off
 )
 def cls_entropy(view: AttentionView) -> PerHead:
     """Entropy in nats of the [cls] row over the patches, renormalised there, 0 to log N (the paper's Figure 4)."""
     return _clamp_entropy(_entropies(view.cls_row)[..., 0], view.layout)
 
 
-@declare(
+@enter(
     "cls_entropy_share",
     "[cls] attention entropy / log N",
     "share",
@@ -157,13 +169,16 @@ def cls_entropy(view: AttentionView) -> PerHead:
     "cls patches distribution",
     asks="cls",
     uniform=lambda layout: 1.0,
+    maximum=_in_words,
+    share_of="cls_entropy",
+    heading="[cls] entropy / log N",
 )
 def cls_entropy_share(view: AttentionView) -> PerHead:
     """`cls_entropy` as a share of its maximum log N, 0 to 1: comparable between grids."""
     return cls_entropy(view) / math.log(view.layout.num_patches)
 
 
-@declare(
+@enter(
     "patch_self_attention",
     "patch self-attention",
     "share",
@@ -178,7 +193,7 @@ def patch_self_attention(view: AttentionView) -> PerHead:
     return torch.exp(rows.self_logits - rows.log_z).mean(dim=-1)
 
 
-@declare(
+@enter(
     "patch_self_attention_ratio",
     "patch self-attention / attention to patches",
     "share",
@@ -188,6 +203,7 @@ def patch_self_attention(view: AttentionView) -> PerHead:
     released_name="pos_self_attention_adj_for_cls",
     asks="sums",
     uniform=_one_of_patches,
+    heading="patch self-attention",
 )
 def patch_self_attention_ratio(view: AttentionView) -> PerHead:
     """(1/N) Σ_t∈P A_tt / S_t: a patch's own share of what it gives to patches, 0 to 1 (the paper's Figure 5)."""
@@ -195,7 +211,7 @@ def patch_self_attention_ratio(view: AttentionView) -> PerHead:
     return torch.exp(rows.self_logits - rows.log_z_patches).mean(dim=-1)
 
 
-@declare(
+@enter(
     "patches_to_cls",
     "patches' attention to [cls]",
     "share",
@@ -211,7 +227,7 @@ def patches_to_cls(view: AttentionView) -> PerHead:
     return torch.exp(rows.prefix_logits[..., 0] - rows.log_z).mean(dim=-1)
 
 
-@declare(
+@enter(
     "patches_to_registers",
     "patches' attention to registers",
     "share",
@@ -227,7 +243,7 @@ def patches_to_registers(view: AttentionView) -> PerHead:
     return torch.exp(logits.logsumexp(dim=-1) - rows.log_z).mean(dim=-1)
 
 
-@declare(
+@enter(
     "patch_entropy",
     "patch attention entropy over patches",
     "nats",
@@ -236,13 +252,15 @@ def patches_to_registers(view: AttentionView) -> PerHead:
     released_name="pos_pos_entropy",
     asks="rows",
     uniform=lambda layout: math.log(layout.num_patches),
+    maximum=_in_nats,
+    from_zero=False,
 )
 def patch_entropy(view: AttentionView) -> PerHead:
     """Mean over patch rows of their entropy in nats over the patches, itself included, 0 to log N."""
     return _clamp_entropy(_entropies(view.patch_rows).mean(dim=-1), view.layout)
 
 
-@declare(
+@enter(
     "patch_entropy_share",
     "patch attention entropy / log N",
     "share",
@@ -250,13 +268,16 @@ def patch_entropy(view: AttentionView) -> PerHead:
     "patches distribution",
     asks="rows",
     uniform=lambda layout: 1.0,
+    maximum=_in_words,
+    share_of="patch_entropy",
+    heading="patch entropy / log N",
 )
 def patch_entropy_share(view: AttentionView) -> PerHead:
     """`patch_entropy` as a share of its maximum log N, 0 to 1."""
     return patch_entropy(view) / math.log(view.layout.num_patches)
 
 
-@declare(
+@enter(
     "attention_distance",
     "attention distance",
     "patches",
@@ -264,6 +285,7 @@ def patch_entropy_share(view: AttentionView) -> PerHead:
     "distribution",
     asks="rows",
     uniform=_mean_distance,
+    heading="distance in patches",
 )
 def attention_distance(view: AttentionView) -> PerHead:
     """Mean over patch rows of the distance on the grid to the patches attended to, in patches, 0 to the diagonal.
@@ -276,7 +298,7 @@ def attention_distance(view: AttentionView) -> PerHead:
     return distance.mean(dim=-1)
 
 
-@declare(
+@enter(
     "attention_distance_px",
     "attention distance",
     "px",

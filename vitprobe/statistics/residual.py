@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vitprobe.attention.view import AttentionView
 from vitprobe.layout import TokenLayout
-from vitprobe.statistics.table import declare
+from vitprobe.statistics.table import enter
 
 PerBlock = Float[Tensor, "batch 1"]
 
@@ -27,7 +27,7 @@ def _ratio(update: Tensor | None, residual: Tensor | None) -> Float[Tensor, "bat
     return update / residual
 
 
-@declare(
+@enter(
     "cls_update_ratio", "[cls]: attention update / residual", "ratio", _unbounded, "cls residual update", per_head=False
 )
 def cls_update_ratio(view: AttentionView) -> PerBlock:
@@ -35,7 +35,7 @@ def cls_update_ratio(view: AttentionView) -> PerBlock:
     return _ratio(view.update_norms, view.residual_norms)[:, view.layout.cls, None]
 
 
-@declare(
+@enter(
     "cls_update_ratio_unscaled",
     "[cls]: attention update before LayerScale / residual",
     "ratio",
@@ -49,7 +49,7 @@ def cls_update_ratio_unscaled(view: AttentionView) -> PerBlock:
     return _ratio(view.unscaled_update_norms, view.residual_norms)[:, view.layout.cls, None]
 
 
-@declare(
+@enter(
     "patch_update_ratio", "patches: attention update / residual", "ratio", _unbounded, "residual update", per_head=False
 )
 def patch_update_ratio(view: AttentionView) -> PerBlock:
@@ -57,7 +57,7 @@ def patch_update_ratio(view: AttentionView) -> PerBlock:
     return _ratio(view.update_norms, view.residual_norms)[:, view.layout.patches].mean(dim=1, keepdim=True)
 
 
-@declare(
+@enter(
     "patch_update_ratio_unscaled",
     "patches: attention update before LayerScale / residual",
     "ratio",
@@ -71,7 +71,7 @@ def patch_update_ratio_unscaled(view: AttentionView) -> PerBlock:
     return _ratio(view.unscaled_update_norms, view.residual_norms)[:, view.layout.patches].mean(dim=1, keepdim=True)
 
 
-@declare(
+@enter(
     "patch_norm_max_ratio",
     "largest / median patch norm",
     "ratio",
