@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from vitprobe.data.batches import Batch, default_workers, iterate_loader
-from vitprobe.data.images import Groups, Images, LoaderImages
+from vitprobe.data.batches import Batch
+from vitprobe.data.images import Groups, Images
 from vitprobe.data.looking import look_at
-from vitprobe.data.shards import SHARD_IMAGES, Share, cut_loader, iterate_shards
+from vitprobe.data.reading import Reading
+from vitprobe.data.shards import SHARD_IMAGES, Share
 from vitprobe.data.sources import open_images
-from vitprobe.data.streams import StreamImages, iterate_stream
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
 from vitprobe.frozen.device import choose_batch_size, choose_device
@@ -50,43 +48,19 @@ class Work:
 
     def batches(self, share: Share) -> Generator[Batch, None, None]:
         """The batches of a share, in the order of the draw."""
+        batches = self.images.batches(self.reading, share)
         if self.images.normalised and self.manifest["arguments"]["img_size"] is not None:
-            return _of_size(self._batches(share), self.transform.size)
-        return self._batches(share)
+            return _of_size(batches, self.transform.size)
+        return batches
 
-    def _batches(self, share: Share) -> Generator[Batch, None, None]:
-        num_images = self.manifest["arguments"]["num_images"]
-        if isinstance(self.images, LoaderImages):
-            return cut_loader(iterate_loader(self.images), num_images)
-        size, pin = self.manifest["batch_size"], self.device.type == "cuda"
-        if isinstance(self.images, StreamImages):
-            workers = self._workers(num_images)
-            return iterate_stream(self.images, self.transform, size, share, num_images, workers, pin)
-        order = self.order
-        workers = self._workers(len(order))
-        return iterate_shards(self.images, order, self.transform, size, share, workers, pin)
-
-    @cached_property
-    def order(self) -> Sequence[int]:
-        """Positions of the images, in the order in which they are analysed: as they come, or as they were drawn."""
-        num_images, seed, tolerance = (self.manifest["arguments"][key] for key in ("num_images", "seed", "tolerance"))
-        if num_images is None and tolerance is None:
-            return range(len(self.images))
-        return np.random.default_rng(seed).permutation(len(self.images))[:num_images].tolist()
+    @property
+    def reading(self) -> Reading:
+        """How the images are read: as they come, or drawn, where a number or a tolerance asks for that."""
+        return reading_of(self.transform, self.manifest["batch_size"], self.device, self.manifest["arguments"])
 
     def total(self, share: Share) -> int | None:
         """How many images a share has, as far as that is known."""
-        num_images = self.manifest["arguments"]["num_images"]
-        if isinstance(self.images, StreamImages):
-            return None if num_images is None else num_images // share.size
-        if isinstance(self.images, LoaderImages):
-            return min((count for count in (self.images.announced, num_images) if count is not None), default=None)
-        total = len(self.order)
-        return sum(min(SHARD_IMAGES, total - number * SHARD_IMAGES) for number in share.shards(total))
-
-    def _workers(self, n_images: int | None) -> int:
-        workers = self.manifest["arguments"]["workers"]
-        return default_workers(n_images, processes=local_processes()) if workers is None else workers
+        return self.images.total(self.reading, share)
 
 
 def prepare(
@@ -105,10 +79,10 @@ def prepare(
     """
     chosen = choose_device(device, local_rank() if world.size > 1 else None)
     images = open_images(data, groups=groups)
-    if isinstance(images, LoaderImages) and (arguments["resume"] or world.size > 1):
+    if not images.resumable and (arguments["resume"] or world.size > 1):
         raise UserError(
-            "a DataLoader gives its images in an order that only it knows, so they can neither be shared by processes "
-            "nor resumed; give the data set's folder or a list"
+            f"{images.source} gives its images in an order that only it knows, so they can neither be shared by "
+            f"processes nor resumed; give the data set's folder or a list"
         )
     img_size, mean, std = size_of(arguments["img_size"]), arguments["mean"], arguments["std"]
     arch, weights_key = arguments["arch"], arguments["weights_key"]
@@ -122,43 +96,52 @@ def prepare(
         loaded = without_transform(loaded)
     layout, width = loaded.anatomy.layout(transform.size), loaded.anatomy.width or 768
     batch_size = arguments["batch_size"] or choose_batch_size(layout, width, chosen, local_processes())
+    reading = reading_of(transform, min(int(batch_size), SHARD_IMAGES), chosen, arguments)
+    total = images.total(reading)
     manifest = new_manifest(loaded, chosen, arguments) | {
-        "batch_size": min(int(batch_size), SHARD_IMAGES),
+        "batch_size": reading.batch_size,
         "processes": world.size,
         "out_of_memory": [],
         "transform": transform.describe(),
         "data": {
             "source": images.source,
-            "images": None,
+            "images": total,
             "left_out": images.left_out.names,
             "fingerprint": images.fingerprint(),
             "grouped": groups is not None or images.groups != images.names,  # whether images share groups
             "groups_sha256": None if groups is None else sha256("\0".join(images.groups).encode()).hexdigest(),
         },
     }
-    manifest["remarks"] += [*remarks, *_unheeded(images, arguments)]
-    work = Work(loaded, images, transform, chosen, manifest)
-    if isinstance(images, LoaderImages | StreamImages):
-        known = (getattr(images, "announced", None), arguments["num_images"])
-        manifest["data"]["images"] = min((count for count in known if count is not None), default=None)
-    else:
-        manifest["data"]["images"] = len(work.order)
-        manifest["data"]["shards"] = -(-len(work.order) // SHARD_IMAGES)
-    return work
+    manifest["remarks"] += [*remarks, *_unheeded(images, reading, arguments)]
+    if images.listed and total is not None:
+        manifest["data"]["shards"] = -(-total // SHARD_IMAGES)
+    return Work(loaded, images, transform, chosen, manifest)
 
 
-def _unheeded(images: Images, arguments: dict[str, Any]) -> list[str]:
+def reading_of(
+    transform: ImageTransform, batch_size: int, device: torch.device, arguments: Mapping[str, Any]
+) -> Reading:
+    """Return how an analysis with these arguments reads its images."""
+    return Reading(
+        transform,
+        batch_size,
+        num_images=arguments["num_images"],
+        shuffled=arguments["tolerance"] is not None,
+        seed=arguments["seed"],
+        workers=arguments["workers"],
+        processes=local_processes(),
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _unheeded(images: Images, reading: Reading, arguments: dict[str, Any]) -> list[str]:
     """What is said of options that a source or a shard leaves no room for."""
     said = []
     if (arguments["batch_size"] or 0) > SHARD_IMAGES:
         said.append(f"batch_size {arguments['batch_size']}: a batch is cut at the {SHARD_IMAGES} images of a shard")
     if images.normalised and arguments["transform"] == "paper":
         said.append(f"transform='paper' is for pictures: {images.source} is taken as it is")
-    if isinstance(images, LoaderImages) and arguments["workers"] is not None:
-        said.append("workers are those of the DataLoader (num_workers)")
-    if isinstance(images, StreamImages) and arguments["num_images"] is not None:
-        said.append(f"{images.source} is a stream, of which the first {arguments['num_images']} images are taken")
-    return said
+    return [*said, *images.unheeded(reading)]
 
 
 def _require_unprepared(images: Images, arguments: dict[str, Any]) -> None:
