@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float32
@@ -44,41 +43,6 @@ class Shard:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     whole: bool = True
     ends: bool = False
-
-
-class Values(Protocol):
-    """All values of a run."""
-
-    @property
-    def names(self) -> list[str]:
-        """The images' names, shard by shard."""
-        ...
-
-    @property
-    def groups(self) -> list[str]:
-        """The images' groups."""
-        ...
-
-    @property
-    def skipped(self) -> list[tuple[str, str]]:
-        """Name and reason of each image that could not be read."""
-        ...
-
-    def statistics(self) -> list[str]:
-        """Names of the statistics that there are values of."""
-        ...
-
-    def read(self, statistic: str) -> Float32[np.ndarray, "image block head"]:
-        """Every image's values of one statistic."""
-        ...
-
-    def parts(self, statistic: str) -> Iterator[tuple[Float32[np.ndarray, "image block head"], list[str]]]:
-        """The same a shard at a time, each with the groups of its images."""
-        ...
-
-    def shards(self) -> Iterator[Shard]:
-        """The values shard by shard."""
-        ...
 
 
 @dataclass
