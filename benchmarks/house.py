@@ -3,8 +3,8 @@
     python -m benchmarks.house            # writes the picture between the markers of docs/architecture.md
     python -m benchmarks.house --imports  # prints every import between rooms, and those that go up
 
-A room is a package or a module directly below `vitprobe/`. Imports inside functions count, those for type checkers alone
-do not. `tests/test_house.py` holds the package to the order of `LEVELS`. Takes a second.
+A room is a package or a module directly below `vitprobe/`. Imports inside functions count, those for type checkers
+alone do not. `tests/test_house.py` holds the package to the order of `LEVELS`. Takes a second.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ class _Candidate:
 
 
 def _image_tower(module: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
-    """The path of the part of a model that takes images (by default the model itself), and that part with what holds it."""
+    """The path of the part of a model that takes images (else of the model), and that part with what holds it."""
     path, lineage = "", (module,)
     while True:
         parts: list[tuple[str, Any]] = [(name, getattr(lineage[0], name, None)) for name in _TOWERS]
