@@ -50,6 +50,14 @@ def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
 
     Raises:
         UserError: for what is missing, empty, broken or of another kind.
+
+    Example:
+        >>> from PIL import Image
+        >>> images = open_images([Image.new("RGB", (64, 48), "red"), Image.new("RGB", (64, 48), "blue")])
+        >>> images.source, len(images), images.names
+        ('a list of 2 images', 2, ['0', '1'])
+        >>> images.read(1).getpixel((0, 0))
+        (0, 0, 255)
     """
     groups = check_groups(groups)
     if data is None:
