@@ -78,7 +78,7 @@ def capture(
         >>> attention.statistics()["cls_entropy"].shape  # image, block, head
         torch.Size([2, 12, 4])
         >>> attention[0].query.shape  # image, head, token, dimension
-        torch.Size([2, 4, 65, 48])
+        torch.Size([2, 4, 65, 32])
     """
     if keep not in ("qk", "statistics"):
         raise UserError(
