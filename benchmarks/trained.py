@@ -83,8 +83,7 @@ def main() -> None:
         anchors = []
         for name, whole in plain.items():
             best = fit_best(whole[~held], labels[~held], whole[held], labels[held], num_classes=classes)
-            scores = tested[name].double() @ best.weight.T + best.bias
-            anchors.append(100 * float(correct(scores, own).double().mean()))
+            anchors.append(100 * float(correct(best.classifier.scores(tested[name]), own).double().mean()))
         print(f"{given.model}, {len(train)} training and {len(test)} test images")
         print("| crops | steps | `cls` | below its anchor | `gap` | below its anchor |\n|---|---|---|---|---|---|")
         print(f"| anchor | – | {anchors[0]:.2f} | – | {anchors[1]:.2f} | – |")

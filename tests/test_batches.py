@@ -16,12 +16,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from vitprobe.data.batches import Batch, default_workers, iterate, iterate_loader
+from vitprobe.data.batches import Batch, default_workers, iterate
+from vitprobe.data.reading import Reading
 from vitprobe.data.sources import open_images
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
 
 TRANSFORM = ImageTransform("model", (8, 8), 1.0, "center", "bicubic", (0.0,) * 3, (1.0,) * 3)
+WHOLE = Reading(TRANSFORM, batch_size=64, workers=0)
 # from Python 3.12 on, forking warns where torch runs threads; the readers do not use what those hold
 FORK = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 
@@ -252,7 +254,7 @@ def as_image(items):
 def test_what_a_loader_may_give(collate):
     pixels = torch.randn(7, 3, 8, 8)
     loader = DataLoader(TensorDataset(pixels, torch.arange(7)), batch_size=3, collate_fn=collate)
-    batches = list(iterate_loader(loader))
+    batches = list(open_images(loader).batches(WHOLE))
     assert [batch.indices for batch in batches] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [name for batch in batches for name in batch.names] == list("0123456")
     assert all(batch.names == batch.groups and batch.skipped == [] for batch in batches)
@@ -262,7 +264,7 @@ def test_what_a_loader_may_give(collate):
 def test_groups_of_a_loader():
     loader = DataLoader(TensorDataset(torch.zeros(4, 3, 2, 2)), batch_size=3)
     images = open_images(loader, groups=["a", "a", "b", "b"])
-    assert [batch.groups for batch in iterate_loader(images)] == [["a", "a", "b"], ["b"]]
+    assert [batch.groups for batch in images.batches(WHOLE)] == [["a", "a", "b"], ["b"]]
 
 
 def loading(batch) -> DataLoader:
@@ -282,7 +284,7 @@ def loading(batch) -> DataLoader:
     ],
 )
 def test_what_a_loader_may_not_give(batch, came):
-    assert refusal(iterate_loader(loading(batch))) == (
+    assert refusal(open_images(loading(batch)).batches(WHOLE)) == (
         f"the DataLoader gave {came}: a batch is a float tensor (n, 3, height, width), normalised for the model, "
         f"a tuple or list that begins with it, or a dict with it under 'pixel_values', 'image', 'images'"
     )
@@ -290,7 +292,9 @@ def test_what_a_loader_may_not_give(batch, came):
 
 def test_a_loader_with_images_of_two_sizes():
     loader = DataLoader([torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 4, 8)], batch_size=None)  # type: ignore[arg-type]
-    assert refusal(iterate_loader(loader)).startswith("image 2 is 4×8 pixels where those before it are 8×8: ")
+    assert refusal(open_images(loader).batches(WHOLE)).startswith(
+        "image 2 is 4×8 pixels where those before it are 8×8: "
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from helpers import images, message, tiny_vit
-from vitprobe import bench
-from vitprobe.bench import WAYS, WORDS, Cost, benchmark, line_of
+from vitprobe.bench import WAYS, WORDS, Cost, benchmark, in_a_fresh_process, line_of, memory
 from vitprobe.cli import main
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import capture
@@ -63,7 +63,7 @@ def test_the_usual_way_computes_the_papers_statistics_from_all_blocks() -> None:
         ({"ways": ["plain"]}, "there is no way 'plain' to measure; choose from papers, every, eager hooks, output_att"),
         ({"rounds": 0}, "rounds is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
-        ({"autocast": "int8"}, "autocast is 'int8'; it must be 'bfloat16' or 'float16', or left out"),
+        ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, bfloat16, float16, or left out"),
         ({"model": "mae_vit_bb"}, "unknown model 'mae_vit_bb'"),
     ],
 )
@@ -81,7 +81,7 @@ def test_a_line() -> None:
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_peak_memory", lambda *setting: 100.0)
+    monkeypatch.setattr("vitprobe.bench.costs.peak_memory", lambda *setting: 100.0)
     out = tmp_path / "new" / "bench.json"
     arguments = ["bench", "--model", "mae_vit_nano", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
     result = CliRunner().invoke(main, [*arguments, "--out", str(out)])
@@ -93,24 +93,50 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "device", "autocast"),
+    ("options", "device", "dtype"),
     [
         ([], "cuda", "bfloat16"),
-        (["--autocast", "float16"], "cuda", "float16"),
-        (["--autocast", "float32"], "cuda", None),
-        (["--device", "cpu"], "cpu", None),
-        (["--device", "cpu", "--autocast", "bfloat16"], "cpu", "bfloat16"),
+        (["--dtype", "float16"], "cuda", "float16"),
+        (["--dtype", "float32"], "cuda", "float32"),
+        (["--device", "cpu"], "cpu", "float32"),
+        (["--device", "cpu", "--dtype", "bfloat16"], "cpu", "bfloat16"),
     ],
 )
 def test_a_gpu_is_measured_in_bfloat16(
-    options: list[str], device: str, autocast: str | None, monkeypatch: pytest.MonkeyPatch
+    options: list[str], device: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(bench, "benchmark", lambda **options: given.update(options) or [])
+    monkeypatch.setattr("vitprobe.bench.benchmark", lambda **options: given.update(options) or [])
     result = CliRunner().invoke(main, ["bench", *options])
     assert result.exit_code == 0, result.output
-    assert (given["device"], given["autocast"]) == (device, autocast)
+    assert (given["device"], given["dtype"]) == (device, dtype)
+
+
+def test_the_old_name_of_dtype_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict = {}
+    monkeypatch.setattr("vitprobe.bench.benchmark", lambda **options: given.update(options) or [])
+    result = CliRunner().invoke(main, ["bench", "--device", "cpu", "--autocast", "bfloat16"])
+    assert (result.exit_code, given["dtype"]) == (0, "bfloat16")
+    assert result.stderr == "Note: --autocast is --dtype now; the next release takes --dtype alone\n"
+    assert "--autocast" not in CliRunner().invoke(main, ["bench", "--help"]).output
+    monkeypatch.undo()
+    with pytest.warns(DeprecationWarning, match=r"^benchmark\(autocast=…\) is benchmark\(dtype=…\) now$"):
+        (cost,) = benchmark(**NANO, autocast="float32", ways=["papers"], memory=False)
+    assert cost.ratio > 0
+
+
+def test_a_fresh_process_gives_memory_back_and_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MKL_DISABLE_FAST_MM", "0")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    before = dict(os.environ)
+    assert in_a_fresh_process(of_the_environment, "MKL_DISABLE_FAST_MM") == 1
+    assert in_a_fresh_process(of_the_environment, "MALLOC_MMAP_THRESHOLD_") == 2**16
+    assert dict(os.environ) == before
+
+
+def of_the_environment(name: str) -> float:
+    return float(os.environ[name])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -131,7 +157,7 @@ def test_a_system_that_tells_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             raise PermissionError
 
     setting = ("mae_vit_nano", None, 1, "cpu", None, "papers", "papers")
-    assert (bench._peak_in_this_process(*setting) or 1) > 0
-    monkeypatch.setattr(bench, "Path", Nowhere)
-    assert bench._peak_in_this_process(*setting) is None
-    assert bench._status("VmRSS") is None
+    assert (memory._peak_in_this_process(*setting) or 1) > 0
+    monkeypatch.setattr(memory, "Path", Nowhere)
+    assert memory._peak_in_this_process(*setting) is None
+    assert memory._status("VmRSS") is None

@@ -138,7 +138,7 @@ def test_batches_sent_ahead_are_whole() -> None:
 
 def test_the_benchmark_runs_on_a_gpu() -> None:
     costs = benchmark(
-        "vit_tiny_patch16_224", batch_size=2, rounds=1, device="cuda", autocast="bfloat16", ways=["papers", "every"]
+        "vit_tiny_patch16_224", batch_size=2, rounds=1, device="cuda", dtype="bfloat16", ways=["papers", "every"]
     )
     for cost in costs:
         assert cost.seconds > 0 and cost.memory_ratio is not None and cost.memory_ratio > 0

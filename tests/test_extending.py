@@ -73,9 +73,8 @@ def test_an_aggregator(folder: Path) -> None:
 def test_an_aggregator_by_its_place_on_the_command_line(folder: Path) -> None:
     unregistered = blocks()["An aggregator"].replace('@vp.aggregation.register("top")\n', "").partition("\nprint")[0]
     (folder / "top.py").write_text(unregistered)
-    asked = "cls,top.py:Top(count=4)"
-    said = run(folder, "-m", "vitprobe", "verify", "--model", "mae_vit_nano", "--protocol", "knn", "--aggregators",
-               asked, "--device", "cpu", fail=True)  # fmt: skip
+    said = run(folder, "-m", "vitprobe", "verify", "--model", "mae_vit_nano", "--protocol", "knn", "--aggregator",
+               "cls", "--aggregator", "top.py:Top(count=4)", "--device", "cpu", fail=True)  # fmt: skip
     assert said.splitlines()[-1].startswith("Error: top.py:Top(count=4) is trained, and knn trains no aggregators")
 
 

@@ -59,7 +59,7 @@ def test_memory_holds_open_groups_alone():
     running = Running(group_sizes(groups), SHARE)
     for group, held in zip(groups, (["a"], ["a", "b"][:1], [], ["c"], []), strict=True):
         running.add(np.array([[0.5]]), [group])
-        assert list(running._begun) == held
+        assert list(running.moments.open) == held
 
 
 @pytest.mark.parametrize("bounds", [SHARE, ANY, (0.0, math.log(196)), (0.0, 1 / 196)], ids=str)

@@ -29,7 +29,7 @@ def test_the_fit_is_scikit_learns_on_standardised_features(classes):
         scaler.transform(train.double().numpy()), labels.numpy()
     )
     expected = model.predict_proba(scaler.transform(test.double().numpy()))
-    scores = (test.double() @ result.weight.T + result.bias).softmax(dim=1)
+    scores = result.classifier.scores(test).softmax(dim=1)
     np.testing.assert_allclose(scores, expected, atol=1e-3)
     assert result.top1.tolist() == (expected.argmax(1) == own.numpy()).tolist()
     assert result.converged
@@ -63,7 +63,7 @@ def test_a_number_that_never_changes_and_too_few_iterations():
     (train, labels), (test, own) = made(100, 0, 3), made(50, 1, 3)
     train[:, 2] = test[:, 2] = 5.0
     result = logistic(train, labels, test, own, torch.arange(100) < 20, num_classes=3, strengths=(1.0,), iterations=1)
-    assert result.weight.isfinite().all() and result.bias.isfinite().all()
+    assert result.classifier.weight.isfinite().all() and result.classifier.bias.isfinite().all()
     assert not result.converged
 
 

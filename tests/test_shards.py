@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from vitprobe.data.batches import default_workers, iterate_loader
-from vitprobe.data.shards import SHARD_IMAGES, Share, cut_loader, iterate_shards
+from vitprobe.data.batches import default_workers
+from vitprobe.data.reading import Reading
+from vitprobe.data.shards import SHARD_IMAGES, Share, iterate_shards
 from vitprobe.data.sources import open_images
 from vitprobe.frozen import device as state
 from vitprobe.frozen.device import choose_batch_size, choose_device
@@ -53,7 +54,8 @@ def test_what_is_missing_is_dealt_evenly():
 @pytest.mark.parametrize("loader_batch", [7, 64, 100])
 def test_a_loaders_batches_are_cut_where_a_shard_is_full(num_images, loader_batch):
     loader = DataLoader(list(PIXELS), batch_size=loader_batch)
-    batches = list(cut_loader(iterate_loader(loader), num_images))
+    reading = Reading(lambda image: image, batch_size=64, num_images=num_images)
+    batches = list(open_images(loader).batches(reading, Share()))
     count = min(200, num_images or 200)
     assert [i for batch in batches for i in batch.indices] == list(range(count))
     assert all(len(batch) == len(batch.pixels) == len(batch.names) == len(batch.groups) for batch in batches)

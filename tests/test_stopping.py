@@ -14,7 +14,6 @@ from vitprobe.errors import UserError
 from vitprobe.profile.intervals import LEVEL, NARROWEST_AT, estimate, sequence_half_width
 from vitprobe.profile.stopping import (
     FEWEST_GROUPS,
-    GroupMoments,
     Stopper,
     check_tolerance,
     required_precision,
@@ -193,23 +192,6 @@ def test_equal_values_are_known_once_other_ones_must_be_rare():
     assert [stopper.add(shard) for shard in shards_of({"patch_self_attention": values})] == [False, True]
 
 
-def test_a_group_whose_images_come_apart_counts_once_by_its_mean():
-    rng = np.random.default_rng(0)
-    values = rng.lognormal(size=(200, 2))
-    groups = [f"g{i}" for i in rng.integers(0, 90, 200)]
-    logarithmic = np.array([False, True])
-    moments = GroupMoments(logarithmic)
-    for count, (group, row) in enumerate(zip(groups, values, strict=True), 1):
-        moments.add(group, row)
-        if count in (50, 200):
-            so_far = np.array(groups[:count])
-            means = np.stack([values[:count][so_far == group].mean(axis=0) for group in dict.fromkeys(groups[:count])])
-            means[:, 1] = np.log(means[:, 1])
-            assert moments.n == len(means)
-            np.testing.assert_allclose(moments.mean, means.mean(axis=0))
-            np.testing.assert_allclose(moments.spread, means.std(axis=0, ddof=1))
-
-
 def test_images_that_are_groups_alone_take_no_memory():
     stopper = Stopper(0.001, LAYOUT, grouped=False)
     with_groups = Stopper(0.001, LAYOUT)
@@ -217,7 +199,7 @@ def test_images_that_are_groups_alone_take_no_memory():
         stopper.add(shard)
         with_groups.add(shard)
     assert stopper._moments is not None and with_groups._moments is not None
-    assert not stopper._moments._groups
+    assert not stopper._moments.open
     np.testing.assert_allclose(stopper._moments.spread, with_groups._moments.spread)
     assert stopper.n == with_groups.n == 256
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in what the user gave (a name, a file, an option). The command line prints it and exits with 2."""
+    """A mistake in what the user gave (a name, a file, an option). The command line prints it and exits with 2.
+
+    Example:
+        >>> from vitprobe import load_model
+        >>> try:
+        ...     load_model("mae_vit_bb")
+        ... except UserError as error:
+        ...     print(str(error).partition(":")[0])
+        unknown model 'mae_vit_bb'
+    """
 
 
 class AttentionNotSeenError(UserError):

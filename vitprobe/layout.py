@@ -28,6 +28,13 @@ class TokenLayout:
         patch_size: `(height, width)` in pixels from one patch to the next, default (16, 16).
         positions: positions of [cls], the distillation tokens and the registers, in this order; negative ones count
             from the end. Default None: they come first, in this order. Patches take the remaining positions.
+
+    Example:
+        >>> layout = TokenLayout((14, 14), has_cls=True, num_registers=4)
+        >>> layout.num_tokens, layout.patches, layout.image_size
+        (201, slice(5, 201, None), (224, 224))
+        >>> print(TokenLayout((14, 14), has_cls=True, positions=(-1,)))
+        [cls] at 196 + 14x14 patches
     """
 
     grid: tuple[int, int]

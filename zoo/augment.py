@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitprobe.data.augment import Augmentation, crop_sides
 from zoo.cifar import normalize
 
 # Of RGB in luminance (ITU-R BT.601), and to luminance and two colour differences (YIQ), where a hue is an angle.
@@ -15,15 +15,15 @@ TO_YIQ = (GREY, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 
 def random_resized_crop_flip(images: Tensor, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """RandomResizedCrop and a horizontal flip of the whole batch in one resampling; `generator` lives on the CPU."""
+    """The crops that probes are trained with, of the whole batch in one resampling; `generator` lives on the CPU."""
     batch = len(images)
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(batch, generator=generator) * (high - low) + low
 
-    area, log_ratio = uniform(*scale), uniform(float(np.log(3 / 4)), float(np.log(4 / 3)))
-    width = (area * log_ratio.exp()).sqrt().clamp(max=1)
-    height = (area / log_ratio.exp()).sqrt().clamp(max=1)
+    area, ratio = uniform(0, 1), uniform(0, 1)
+    sides = crop_sides(Augmentation(scale), area.double().numpy(), ratio.double().numpy())
+    height, width = (torch.from_numpy(side).float().clamp(max=1) for side in sides)
     center_x = uniform(-1, 1) * (1 - width)
     center_y = uniform(-1, 1) * (1 - height)
     flip = torch.where(torch.rand(batch, generator=generator) < 0.5, -1.0, 1.0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import random
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from timm.optim import param_groups_layer_decay  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
+from vitprobe.probing.schedule import rate_factor
 from vitprobe.runs.manifest import device_name
 from zoo.cifar import load_tar
 from zoo.objectives import build_objective
@@ -25,11 +25,8 @@ from zoo.recipe import Recipe, load_recipe
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Linear warm-up, then half a cosine to zero; `epoch` counts fractions."""
-    if epoch < recipe.warmup_epochs:
-        return recipe.learning_rate * epoch / recipe.warmup_epochs
-    progress = (epoch - recipe.warmup_epochs) / (recipe.epochs - recipe.warmup_epochs)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    """Linear warm-up, then half a cosine to zero, as of probes; `epoch` counts fractions."""
+    return recipe.learning_rate * rate_factor(epoch, steps=recipe.epochs, warmup_steps=recipe.warmup_epochs)
 
 
 def make_optimizer(objective: Objective, recipe: Recipe) -> torch.optim.Optimizer:

@@ -18,12 +18,13 @@ from vitprobe.errors import UserError
 @click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Pairs of timings.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="A CUDA GPU where there is one by default.")
 @click.option(
-    "--autocast",
+    "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="What the forward pass runs in; bfloat16 on a GPU by default, else float32.",
+    help="What the forward pass runs in; default: bfloat16 on a GPU, else float32.",
 )
+@click.option("--autocast", type=click.Choice(["float32", "bfloat16", "float16"]), hidden=True, help="Old: --dtype.")
 @click.option("--out", type=SomePath(), help="Write the numbers to this JSON file too.")
-def command(out: Path | None, device: str | None, **options: Any) -> None:
+def command(out: Path | None, device: str | None, dtype: str | None, autocast: str | None, **options: Any) -> None:
     """Time captures against the plain forward pass and the usual ways, paired, with random weights."""
     import torch
 
@@ -32,10 +33,9 @@ def command(out: Path | None, device: str | None, **options: Any) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no CUDA GPU here: leave --device out, or choose cpu")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and options["autocast"] is None:
-        options["autocast"] = "bfloat16"
-    if options["autocast"] == "float32":
-        options["autocast"] = None
-    costs = benchmark(device=device, progress=click.echo, **options)
+    if autocast is not None:
+        click.echo("Note: --autocast is --dtype now; the next release takes --dtype alone", err=True)
+    dtype = dtype or autocast or ("bfloat16" if device == "cuda" else "float32")
+    costs = benchmark(device=device, dtype=dtype, progress=click.echo, **options)
     if out is not None:
-        report(out, costs, {"device": device, **options})
+        report(out, costs, {"device": device, "dtype": dtype, **options})

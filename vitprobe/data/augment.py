@@ -62,10 +62,10 @@ def draw_crops(
 ) -> Crops:
     """The crops of some images of one size; an image's depends on its number, the seed and the epoch alone."""
     draws = np.stack([_uniform(seed, epoch, index) for index in indices], axis=1)
-    area = _between(draws[0], *augmentation.scale) * (height * width)
-    ratio = np.exp(_between(draws[1], *map(math.log, augmentation.ratio)))
-    crop_height = np.rint(np.sqrt(area / ratio)).astype(np.int64).clip(1, height)
-    crop_width = np.rint(np.sqrt(area * ratio)).astype(np.int64).clip(1, width)
+    sides = crop_sides(augmentation, draws[0], draws[1], height * width)
+    crop_height, crop_width = (
+        np.rint(side).astype(np.int64).clip(1, most) for side, most in zip(sides, (height, width), strict=True)
+    )
     return Crops(
         top=(draws[2] * (height - crop_height + 1)).astype(np.int64),
         left=(draws[3] * (width - crop_width + 1)).astype(np.int64),
@@ -73,6 +73,22 @@ def draw_crops(
         width=crop_width,
         flipped=(draws[4] < 0.5) & augmentation.flip,
     )
+
+
+def crop_sides(
+    augmentation: Augmentation, area: np.ndarray, ratio: np.ndarray, whole: float | int = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return height and width of random crops, which may be larger than the picture.
+
+    Args:
+        augmentation: the shares of the area, uniform, and the ratios of the sides, uniform in their logarithm.
+        area: `(n,)` random numbers, 0 to 1.
+        ratio: `(n,)` random numbers, 0 to 1.
+        whole: area of the picture, in the square of the unit of the sides.
+    """
+    area = _between(area, *augmentation.scale) * whole
+    ratio = np.exp(_between(ratio, *map(math.log, augmentation.ratio)))
+    return np.sqrt(area / ratio), np.sqrt(area * ratio)
 
 
 def _uniform(seed: int, epoch: int, index: int) -> np.ndarray:

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vitprobe.data.bands import Picture, Wanted
 from vitprobe.data.decoding import BadImageError
-from vitprobe.data.images import Images, LoaderImages
 from vitprobe.errors import UserError
 
 FEW_IMAGES = 256  # below it, starting workers takes longer than they save
 MOST_WORKERS = 8
-BATCH_KEYS = ("pixel_values", "image", "images")
 
 
 Key = tuple[int, ...]  # of a shard, see `shards.py`
+
+
+@runtime_checkable
+class Readable(Protocol):
+    """What batches need of a source; every `Images` has it.
+
+    Attributes:
+        names: one distinct name per image.
+        groups: what each image was taken from.
+        wanted: the channels that the model takes.
+    """
+
+    names: list[str]
+    groups: list[str]
+    wanted: Wanted
+
+    def read(self, index: int) -> Picture | Tensor:
+        """Return the image at a position: a picture, or a tensor that is normalised already."""
+        ...
 
 
 @dataclass
@@ -76,7 +94,7 @@ class _Items(Dataset):
     torch wraps what a worker raises into lines of traceback, which would bury our one line.
     """
 
-    def __init__(self, images: Images, order: Sequence[int], transform: Callable[[Any], Tensor]) -> None:
+    def __init__(self, images: Readable, order: Sequence[int], transform: Callable[[Any], Tensor]) -> None:
         self.images, self.order, self.transform = images, order, transform
 
     def __len__(self) -> int:
@@ -93,7 +111,7 @@ class _Items(Dataset):
 
 
 def iterate(
-    images: Images,
+    images: Readable,
     order: Sequence[int],
     transform: Callable[[Any], Tensor],
     batch_size: int,
@@ -136,7 +154,7 @@ def cut(positions: range, size: int) -> list[range]:
 
 
 def load(
-    images: Images,
+    images: Readable,
     order: Sequence[int],
     batches: Sequence[Sequence[int]],
     transform: Callable[[Any], Tensor],
@@ -157,19 +175,6 @@ def load(
     return same_size(survive(loader))
 
 
-def iterate_loader(loader: DataLoader | LoaderImages) -> Generator[Batch, None, None]:
-    """The batches of a user's DataLoader, whose images are normalised already.
-
-    A batch may be a tensor (n, channels, height, width), a tuple or list that begins with it, or a dict with it under
-    "pixel_values", "image" or "images". Names are running numbers.
-
-    Raises:
-        UserError: for anything else, or images of different sizes.
-    """
-    images = loader if isinstance(loader, LoaderImages) else LoaderImages(loader)
-    return same_size(_loader_batches(images))
-
-
 def default_workers(n_images: int | None, cores: int | None = None, processes: int = 1) -> int:
     """How many processes should read ahead: 0 for few images, else one core less than there are, 1 to 8.
 
@@ -183,7 +188,7 @@ def default_workers(n_images: int | None, cores: int | None = None, processes: i
     return max(1, min(cores // processes - 1, MOST_WORKERS))
 
 
-def shape_of(images: Images, transform: Callable[[Any], Tensor]) -> tuple[int, int, int]:
+def shape_of(images: Readable, transform: Callable[[Any], Tensor]) -> tuple[int, int, int]:
     """Channels, height and width of what a transform makes of some images; sides of 0 where it does not say."""
     height, width = getattr(transform, "size", (0, 0))
     return images.wanted.channels, height, width
@@ -206,7 +211,7 @@ def collate(items: list[Item], shape: tuple[int, int, int]) -> Batch | UserError
         if not isinstance(image, Tensor):
             return _not_an_image(item, f"a {type(image).__name__}", shape[0])
         if image.ndim != 3 or image.shape[0] != shape[0] or not image.is_floating_point():
-            return _not_an_image(item, _described(image), shape[0])
+            return _not_an_image(item, described(image), shape[0])
         pixels.append(image)
         if image.shape != pixels[0].shape:
             return _size_error(item.name, image, pixels[0])
@@ -245,45 +250,6 @@ def _next(batches: Iterator[Batch | UserError]) -> Batch | UserError | None:
     )
 
 
-def _loader_batches(images: LoaderImages) -> Generator[Batch, None, None]:
-    start = 0
-    for given in images.loader:
-        pixels = pixels_of(given, images.wanted.channels)
-        indices = list(range(start, start + len(pixels)))
-        start += len(pixels)
-        yield Batch(
-            pixels=pixels.float(),
-            indices=indices,
-            names=[str(index) for index in indices],
-            groups=[images.group(index) for index in indices],
-        )
-
-
-def pixels_of(given: Any, channels: int | None) -> Float[Tensor, "batch channel height width"]:
-    """The images in what a user's DataLoader gave, of so many channels (of any number for None).
-
-    Raises:
-        UserError: for anything else.
-    """
-    came = f"a {type(given).__name__}"
-    found: Any = given
-    if isinstance(given, Mapping):
-        came = f"a dict with the keys {', '.join(map(repr, given))}"
-        found = next((given[key] for key in BATCH_KEYS if key in given), None)
-    elif isinstance(given, list | tuple):
-        came = f"a {type(given).__name__} of {', '.join(type(part).__name__ for part in given) or 'nothing'}"
-        found = given[0] if given else None
-    if isinstance(found, Tensor):
-        if found.ndim == 4 and channels in (None, found.shape[1]) and found.is_floating_point():
-            return found.detach()
-        came = _described(found)
-    shape = f"(n, {channels or 'channels'}, height, width)"
-    raise UserError(
-        f"the DataLoader gave {came}: a batch is a float tensor {shape}, normalised for the model, "
-        f"a tuple or list that begins with it, or a dict with it under {', '.join(map(repr, BATCH_KEYS))}"
-    )
-
-
 def same_size(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
     """Batches as they come, as long as all images have one size: another size would be another number of tokens."""
     first: Tensor | None = None
@@ -309,5 +275,6 @@ def _not_an_image(item: Item, came: str, channels: int) -> UserError:
     )
 
 
-def _described(tensor: Tensor) -> str:
+def described(tensor: Tensor) -> str:
+    """Return the type and the shape of a tensor, for a message."""
     return f"a tensor of {str(tensor.dtype).removeprefix('torch.')} with the shape {tuple(tensor.shape)}"

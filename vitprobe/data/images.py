@@ -1,11 +1,11 @@
-"""The kinds of image sources, all one `Images`: files, a tar, lists and tensors in memory, a DataLoader."""
+"""The kinds of image sources, all one `Images`: files, a tar, lists and tensors in memory."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from vitprobe.data.bands import RGB, ByteStream, Picture, Wanted
+from vitprobe.data.batches import Batch, iterate
 from vitprobe.data.decoding import BadImageError, convert, decode
 from vitprobe.data.listing import LeftOut, printable
+from vitprobe.data.reading import Reading
+from vitprobe.data.shards import SHARD_IMAGES, Share, iterate_shards
 from vitprobe.errors import UserError
 
 Groups = Sequence[Any] | Callable[[str], Any] | None
@@ -34,10 +36,17 @@ class Images(ABC):
         wanted: what the model takes of a picture; RGB until `for_model`.
         normalised: whether the images are tensors that are normalised already.
         left_out: files that were there and are not among the images.
+        listed: whether each image has a position, so that they can be counted, drawn and read alone.
+        streamed: whether the images come part after part from the beginning of each part.
+        resumable: whether the images come in the same order each time, so that a part of them can be read later or by
+            another process.
     """
 
     wanted: Wanted = RGB
     normalised: bool = False
+    listed: bool = True
+    streamed: bool = False
+    resumable: bool = True
     left_out: LeftOut = LeftOut()
 
     def __init__(self, source: str, names: Iterable[str], groups: Groups = None) -> None:
@@ -58,6 +67,43 @@ class Images(ABC):
         again = copy.copy(self)
         again.wanted = wanted
         return again
+
+    def regrouped(self, groups: Groups) -> Images:
+        """Return the same images with other groups.
+
+        Raises:
+            UserError: for a list of another length.
+        """
+        again = copy.copy(self)
+        again.groups = resolve_groups(self.names, groups)
+        return again
+
+    def batches(self, reading: Reading, share: Share | None = None) -> Generator[Batch, None, None]:
+        """Return the images in batches; closing the generator ends the processes that read.
+
+        Args:
+            reading: order, batch size, processes.
+            share: the shards that one process reads, which batches do not cross; default: all images, without shards.
+
+        Raises:
+            UserError: as `vitprobe.data.batches.iterate`.
+        """
+        order = reading.order(len(self))
+        workers, pin = reading.workers_for(len(order)), reading.pin_memory
+        if share is None:
+            return iterate(self, order, reading.transform, reading.batch_size, workers, pin)
+        return iterate_shards(self, order, reading.transform, reading.batch_size, share, workers, pin)
+
+    def total(self, reading: Reading, share: Share | None = None) -> int | None:
+        """Return how many images `batches` reads, bad ones included; None where nobody has counted them."""
+        total = len(reading.order(len(self)))
+        if share is None:
+            return total
+        return sum(min(SHARD_IMAGES, total - number * SHARD_IMAGES) for number in share.shards(total))
+
+    def unheeded(self, reading: Reading) -> list[str]:
+        """Return a line for each wish of a reading that these images leave no room for."""
+        return []
 
     @abstractmethod
     def read(self, index: int) -> Picture | Float[Tensor, "channel height width"]:
@@ -195,64 +241,6 @@ class TensorImages(Images):
     def fingerprint(self) -> str:
         """sha256 over the tensor's type, shape and values."""
         return digest(_parts(self.pixels))
-
-
-class LoaderImages(Images):
-    """The images that a torch DataLoader gives, in its own order: for `batches.iterate_loader`, not for `read`.
-
-    Names are running numbers. `names`, `groups` and `len()` cover the images that the loader announces; they are empty,
-    and `len()` raises TypeError as it does for the loader, where it announces none (`announced` is None).
-    """
-
-    normalised = True
-
-    def __init__(self, loader: DataLoader, groups: Groups = None) -> None:
-        self.announced = _announced(loader)
-        if self.announced is None and groups is not None and not callable(groups):
-            raise UserError(
-                "the DataLoader does not tell how many images it gives, so groups cannot be a list: "
-                "give a function from the running number (a string) to the group"
-            )
-        super().__init__("a DataLoader", map(str, range(self.announced or 0)), groups)
-        self.loader = loader
-        self.group_function = groups if callable(groups) else None
-
-    def __len__(self) -> int:
-        """How many images the loader announces."""
-        if self.announced is None:
-            raise TypeError("the DataLoader does not tell how many images it gives")
-        return self.announced
-
-    def group(self, index: int) -> str:
-        """The group of the image that came at a position."""
-        if index < len(self.groups):
-            return self.groups[index]
-        return str(self.group_function(str(index))) if self.group_function else str(index)
-
-    def read(self, index: int) -> Image.Image:
-        """Refused: a DataLoader is read in its own order.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(
-            f"a DataLoader gives its images in its own order, so image {index} cannot be read alone: "
-            f"give the data set's folder or a list"
-        )
-
-    def fingerprint(self) -> str:
-        """Empty: only reading all would tell."""
-        return ""
-
-
-def _announced(loader: DataLoader) -> int | None:
-    """How many images a loader will give, where it says so."""
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
-        return None
-    try:
-        return len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def check_groups(groups: object) -> Groups:

@@ -15,14 +15,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from vitprobe.data.bands import Wanted
-from vitprobe.data.images import Images, ListImages, TarImages, digest, printable
+from vitprobe.data.images import Images, ListImages, digest, printable
 from vitprobe.data.labelled_hub import hub_parts, webdataset_parts
 from vitprobe.data.labelled_tables import TABLES, table_parts
 from vitprobe.data.labelled_torch import dataset_part, loader_part
 from vitprobe.data.looking import look_at
 from vitprobe.data.parts import TEST_NAMES, Part, Parts, draw_test, test_among
 from vitprobe.data.sources import open_images, path_of
-from vitprobe.data.subsets import SubsetImages, hold
+from vitprobe.data.subsets import HeldImages, SubsetImages, hold
 from vitprobe.errors import UserError
 
 DIGITS_TEST_SHARE = 1 / 3
@@ -55,8 +55,8 @@ class LabelledSet:
         return self.images.names
 
     @cached_property
-    def pictures(self) -> Images:
-        """The same images, decoded once into memory where they are small and of one size (see `hold`)."""
+    def held(self) -> HeldImages | None:
+        """The same images decoded once into memory; None unless they are small and of one size (see `hold`)."""
         return hold(self.images)
 
     def fingerprint(self) -> str:
@@ -203,7 +203,7 @@ def _one_part(data: Any) -> Part:
             raise UserError(f"{parts.name} has two parts of its own: give it alone, or one split of it (#SPLIT)")
         return parts.train
     images = open_images(path)
-    return Part(printable(path.name), images, _classes(images, _folders(images)))
+    return Part(printable(path.name), images, _classes(images, _folders(images, shared=path.is_dir())))
 
 
 def _place(folder: Path, names: Sequence[str]) -> Path:
@@ -217,7 +217,7 @@ def _place(folder: Path, names: Sequence[str]) -> Path:
 
 def _parts_of_tar(name: str, images: Images) -> Parts:
     """A tar with both parts in it."""
-    folders = _folders(images)
+    folders = _folders(images, shared=False)
     tops = {folder[0] for folder in folders if folder}
     test_name, said = test_among(name, tops)
     if "train" not in tops or test_name is None:
@@ -233,10 +233,10 @@ def _below(images: Images, folders: list[tuple[str, ...]], top: str) -> Part:
     return Part(top, subset, _classes(subset, [folders[position][1:] for position in positions]))
 
 
-def _folders(images: Images) -> list[tuple[str, ...]]:
-    """The folders around each image; in a tar without those that all images share."""
+def _folders(images: Images, *, shared: bool) -> list[tuple[str, ...]]:
+    """The folders around each image; those that all images share are left out (of a tar) unless `shared`."""
     folders = [PurePosixPath(name).parts[:-1] for name in images.names]
-    while isinstance(images, TarImages) and len({folder[:1] for folder in folders}) == 1 and min(map(len, folders)) > 1:
+    while not shared and len({folder[:1] for folder in folders}) == 1 and min(map(len, folders)) > 1:
         folders = [folder[1:] for folder in folders]
     return folders
 

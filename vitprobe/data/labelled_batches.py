@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitprobe.data.augment import Augmentation, AugmentedImages, augment_held, only_enlarged
 from vitprobe.data.batches import check_batching, cut, default_workers, iterate
+from vitprobe.data.images import Images
 from vitprobe.data.labelled import LabelledSet
 from vitprobe.data.subsets import HeldImages
 from vitprobe.data.transforms import ImageTransform
@@ -64,12 +65,13 @@ def batches(
         UserError: as `vitprobe.data.batches.iterate`.
     """
     check_batching(batch_size, workers)
-    images, order = split.pictures, range(len(split)) if order is None else order
+    held, order = split.held, range(len(split)) if order is None else order
+    images: Images = split.images if held is None else held
     if workers is None:
-        workers = 0 if isinstance(images, HeldImages) else default_workers(len(order))
+        workers = default_workers(len(order)) if held is None else 0
     if augment is not None:
-        if isinstance(images, HeldImages) and only_enlarged(images.pixels, transform.size):
-            yield from _augmented(images, split, transform, batch_size, order, augment, seed, epoch)
+        if held is not None and only_enlarged(held.pixels, transform.size):
+            yield from _augmented(held, split, transform, batch_size, order, augment, seed, epoch)
             return
         images = AugmentedImages(images, augment, transform, seed, epoch)
     with closing(iterate(images, order, transform, batch_size, workers, pin_memory)) as loaded:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from vitprobe.data.batches import pixels_of
 from vitprobe.data.images import FileImages, TensorImages
+from vitprobe.data.loaders import pixels_of
 from vitprobe.data.parts import Part
 from vitprobe.data.subsets import SubsetImages
 from vitprobe.errors import UserError

@@ -8,8 +8,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from vitprobe.data.decoding import BadChannelsError, BadImageError, FileFacts, file_facts
-from vitprobe.data.images import Images, LoaderImages
-from vitprobe.data.streams import StreamImages
+from vitprobe.data.images import Images
 from vitprobe.errors import UserError
 
 LOOKED_AT = 64  # files at most, evenly over the source
@@ -28,7 +27,7 @@ def look_at(images: Images, name: str) -> list[str]:
     Raises:
         UserError: where no image has channels that the model takes.
     """
-    if isinstance(images, LoaderImages | StreamImages):
+    if not images.listed:
         return []
     _require_channels(images, name)
     facts = _facts(images)

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vitprobe.data.batches import Batch, Key, cut, load
-from vitprobe.data.images import Images
+from vitprobe.data.batches import Batch, Key, Readable, cut, load
 
 SHARD_IMAGES = 64
 
@@ -50,7 +49,7 @@ class Share:
 
 
 def iterate_shards(
-    images: Images,
+    images: Readable,
     order: Sequence[int],
     transform: Callable[[Any], Tensor],
     batch_size: int,
@@ -73,30 +72,3 @@ def iterate_shards(
     with closing(load(images, order, positions, transform, workers, pin_memory, None)) as batches:
         for (number, here), batch in zip(plan, batches, strict=True):
             yield replace(batch, shard=(number,), last=here[-1] + 1 in (len(order), (number + 1) * SHARD_IMAGES))
-
-
-def cut_loader(batches: Generator[Batch, None, None], num_images: int | None) -> Generator[Batch, None, None]:
-    """The first `num_images` (or all) of a DataLoader's batches as they come, cut where a shard is full."""
-    seen = 0
-    with closing(batches):
-        for batch in batches:
-            start = 0
-            while start < len(batch) and (num_images is None or seen < num_images):
-                room = SHARD_IMAGES - seen % SHARD_IMAGES
-                if num_images is not None:
-                    room = min(room, num_images - seen)
-                piece = _part(batch, slice(start, start + room))
-                number, start, seen = seen // SHARD_IMAGES, start + len(piece), seen + len(piece)
-                yield replace(piece, shard=(number,), last=seen % SHARD_IMAGES == 0)
-            if num_images is not None and seen >= num_images:
-                return
-
-
-def _part(batch: Batch, which: slice) -> Batch:
-    return replace(
-        batch,
-        pixels=batch.pixels[which],
-        indices=batch.indices[which],
-        names=batch.names[which],
-        groups=batch.groups[which],
-    )

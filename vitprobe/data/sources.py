@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tarfile
 import zipfile
@@ -20,17 +19,15 @@ from vitprobe.data.images import (
     Groups,
     Images,
     ListImages,
-    LoaderImages,
     TarImages,
     TensorImages,
     check_groups,
     printable,
-    resolve_groups,
 )
 from vitprobe.data.listing import LeftOut, list_folder, list_tar
+from vitprobe.data.loaders import LoaderImages
 from vitprobe.data.samples import sample_images
 from vitprobe.data.stacks import StackImages, is_stack
-from vitprobe.data.streams import StreamImages
 from vitprobe.data.webdatasets import open_webdataset
 from vitprobe.errors import UserError
 
@@ -53,12 +50,20 @@ def open_images(data: Any = None, *, groups: Groups | object = None) -> Images:
 
     Raises:
         UserError: for what is missing, empty, broken or of another kind.
+
+    Example:
+        >>> from PIL import Image
+        >>> images = open_images([Image.new("RGB", (64, 48), "red"), Image.new("RGB", (64, 48), "blue")])
+        >>> images.source, len(images), images.names
+        ('a list of 2 images', 2, ['0', '1'])
+        >>> images.read(1).getpixel((0, 0))
+        (0, 0, 255)
     """
     groups = check_groups(groups)
     if data is None:
         data = sample_images()
     if isinstance(data, Images):
-        return data if groups is None else _regrouped(data, groups)
+        return data if groups is None else data.regrouped(groups)
     if isinstance(data, str) and data.startswith("wds:"):
         return open_webdataset(data.removeprefix("wds:"), groups)
     if isinstance(data, str) and data.startswith(("hfds:", "hfids:")):
@@ -182,13 +187,3 @@ def _checked(pixels: Tensor, ndim: int, what: str) -> Tensor:
             f"(float, minus mean, over std), or give PIL images"
         )
     return pixels.detach().cpu()
-
-
-def _regrouped(images: Images, groups: Groups) -> Images:
-    if isinstance(images, LoaderImages):
-        return LoaderImages(images.loader, groups)
-    if isinstance(images, StreamImages):
-        return images.regrouped(groups)
-    images = copy.copy(images)
-    images.groups = resolve_groups(images.names, groups)
-    return images

@@ -9,7 +9,7 @@ import numpy as np
 
 from vitprobe.data.bands import NPY_MAGIC, Picture, Wanted, picture_of
 from vitprobe.data.decoding import bad_image
-from vitprobe.data.images import Groups, Images, digest, file_size, printable
+from vitprobe.data.images import Groups, Images, digest, file_size, printable, resolve_groups
 from vitprobe.errors import UserError
 
 MOST_BANDS = 16  # an axis up to that may count channels
@@ -51,6 +51,13 @@ class StackImages(Images):
             )
         if again.count != len(self.names):
             Images.__init__(again, again.source, map(str, range(again.count)), self._given)
+        return again
+
+    def regrouped(self, groups: Groups) -> Images:
+        """Return the same file with other groups, which hold for any model's channels."""
+        again = copy.copy(self)
+        again._given = groups
+        again.groups = resolve_groups(self.names, groups)
         return again
 
     def read(self, index: int) -> Picture:

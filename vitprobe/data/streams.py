@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from vitprobe.data.batches import Batch, Item, Key, collate, cut, same_size, shape_of, survive
 from vitprobe.data.decoding import BadImageError, decode
 from vitprobe.data.images import Groups, Images
+from vitprobe.data.reading import Reading
 from vitprobe.data.shards import SHARD_IMAGES, Share
 from vitprobe.errors import UserError
 
@@ -43,6 +44,9 @@ class StreamImages(Images):
         parts: how many parts there are.
     """
 
+    listed = False
+    streamed = True
+
     def __init__(self, source: str, parts: int, groups: Groups) -> None:
         if groups is not None and not callable(groups):
             raise UserError("a stream is not listed, so groups cannot be a list: give a function of an image's name")
@@ -55,6 +59,35 @@ class StreamImages(Images):
         again = copy.copy(self)
         StreamImages.__init__(again, self.source, self.parts, groups)
         return again
+
+    def batches(self, reading: Reading, share: Share | None = None) -> Generator[Batch, None, None]:
+        """Return the batches of a share of the shards; default: of all. A batch never crosses a shard.
+
+        Raises:
+            UserError: as `iterate_stream`.
+        """
+        workers = reading.workers_for(reading.num_images)
+        return iterate_stream(
+            self,
+            reading.transform,
+            reading.batch_size,
+            share or Share(),
+            reading.num_images,
+            workers,
+            reading.pin_memory,
+        )
+
+    def total(self, reading: Reading, share: Share | None = None) -> int | None:
+        """Return this process's part of `num_images`; None if all images are read, as nobody has counted them."""
+        if reading.num_images is None:
+            return None
+        return reading.num_images // (share or Share()).size
+
+    def unheeded(self, reading: Reading) -> list[str]:
+        """Say that the first images are read, not a random draw."""
+        if reading.num_images is None:
+            return []
+        return [f"{self.source} is a stream, of which the first {reading.num_images} images are taken"]
 
     def __len__(self) -> int:
         """Refused: nobody has counted them."""

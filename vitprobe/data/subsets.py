@@ -74,8 +74,8 @@ class HeldImages(Images):
         return self.images.fingerprint()
 
 
-def hold(images: Images, most_bytes: int = HELD_BYTES) -> Images:
-    """The same images decoded once into memory; as they are where their sizes differ, or they take over `most_bytes`.
+def hold(images: Images, most_bytes: int = HELD_BYTES) -> HeldImages | None:
+    """Return the images decoded once into memory; None if their sizes differ, or they take over `most_bytes`.
 
     That is known after the first images: of a set too large no more than one is decoded for nothing.
     """
@@ -88,16 +88,16 @@ def hold(images: Images, most_bytes: int = HELD_BYTES) -> Images:
             bad[index] = error.reason
             continue
         if isinstance(picture, Tensor):
-            return images
+            return None
         decoded = np.asarray(picture)
         if decoded.dtype != np.uint8:
-            return images
+            return None
         decoded = np.atleast_3d(decoded).transpose(2, 0, 1)  # of a grey picture there is no axis of channels
         if pixels is None:
             if len(images) * decoded.nbytes > most_bytes:
-                return images
+                return None
             pixels = np.zeros((len(images), *decoded.shape), np.uint8)
         if decoded.shape != pixels.shape[1:]:
-            return images
+            return None
         pixels[index] = decoded
-    return images if pixels is None else HeldImages(images, torch.from_numpy(pixels), bad)
+    return None if pixels is None else HeldImages(images, torch.from_numpy(pixels), bad)

@@ -69,6 +69,17 @@ def capture(
             attention cannot be seen. Never is the result silently empty.
         UserError: for an unknown `keep` or statistic, for no statistic at all, for what is no model, or for a layout
             that contradicts it.
+
+    Example:
+        >>> import torch
+        >>> from vitprobe import capture, load_model
+        >>> model = load_model("mae_vit_nano")
+        >>> with torch.no_grad(), capture(model) as attention:
+        ...     output = model.module(torch.randn(2, 3, 32, 32))
+        >>> attention.statistics()["cls_entropy"].shape  # image, block, head
+        torch.Size([2, 12, 4])
+        >>> attention[0].query.shape  # image, head, token, dimension
+        torch.Size([2, 4, 65, 32])
     """
     if keep not in ("qk", "statistics"):
         raise UserError(

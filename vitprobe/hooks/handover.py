@@ -17,6 +17,16 @@ def hand_over(query: Tensor, key: Tensor, *, scale: float | None = None, bias: T
         key: keys, the same; or `(B, G, N, d)` with H a multiple of G, where heads share keys.
         scale: what `q·kᵀ` is multiplied by; 1/√d by default.
         bias: what is added to that, broadcastable to `(B, H, N, N)`; True marks what may be seen where it is boolean.
+
+    Example:
+        >>> import torch
+        >>> from vitprobe import hand_over
+        >>> query, key, value = torch.randn(3, 2, 4, 65, 16)
+        >>> def attention_of_my_kernel():
+        ...     hand_over(query, key)  # beside the call of the kernel, with what it is given
+        ...     return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        >>> attention_of_my_kernel().shape
+        torch.Size([2, 4, 65, 16])
     """
     if has_torch_function((query, key)):  # the captures' function mode
         handle_torch_function(hand_over, (query, key), query, key, scale=scale, bias=bias)

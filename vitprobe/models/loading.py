@@ -83,6 +83,13 @@ def load_model(
         UserError: for an unknown name, weights that cannot be had, read or fitted, or that hold NaN or infinity, an
             image size that the model cannot take, or options that contradict each other.
         AttentionNotSeenError: for a model whose attention cannot be captured.
+
+    Example:
+        >>> model = load_model("mae_vit_nano")
+        >>> model.spec.paradigm, model.transform.size
+        ('MIM', (32, 32))
+        >>> print(model.layout)
+        1 prefix + 8x8 patches
     """
     if img_size is not None:
         pair(img_size)

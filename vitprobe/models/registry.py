@@ -65,6 +65,10 @@ def list_models(filter: str | None = None, *, paradigm: str | None = None) -> pd
 
     Raises:
         UserError: for an unknown paradigm.
+
+    Example:
+        >>> list_models("mae nano")["name"].tolist()
+        ['mae_vit_nano', 'mae_xavier_vit_nano', 'mae_ft_vit_nano']
     """
     import pandas as pd  # takes most of a second; `vitprobe --help` does without
 

@@ -113,10 +113,7 @@ def fit_anchors(
             vectors, labels, *heldout.found(name), num_classes=num_classes, strengths=STRENGTHS, iterations=ITERATIONS
         )
         given, right = test.found(name)
-        scores = given.double() @ best.weight.T + best.bias
-        accuracy = float(correct(scores, right).double().mean())
-        anchors[name] = Anchor(
-            accuracy, max(best.heldout_accuracy.values()), best.c, len(labels), best.converged[best.c]
-        )
+        accuracy = float(correct(best.classifier.scores(given), right).double().mean())
+        anchors[name] = Anchor(accuracy, max(best.heldout_accuracy.values()), best.c, len(labels), best.converged)
         progress(1)
     return anchors

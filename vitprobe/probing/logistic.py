@@ -26,24 +26,53 @@ _TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True, eq=False)
-class LogisticResult:
-    """Logistic regression on the test images, with the C that was best on the held-out ones.
+class Classifier:
+    """A linear classifier of raw features.
 
     Attributes:
-        c: weight of the loss against the penalty ‖W‖² / 2, as scikit-learn's.
-        heldout_accuracy: accuracy on the held-out slice, of every C.
-        converged: whether the final fit ended before its last iteration.
-        weight: of the classifier, for raw features.
-        bias: of the classifier.
-        top1: whether each test image is right.
-        top5: whether its class is among the best five.
+        weight: `(classes, D)`.
+        bias: `(classes,)`; minus infinity for a class that was never seen.
+        converged: whether the fit ended before its last iteration.
+    """
+
+    weight: Float[Tensor, "classes dim"]
+    bias: Float[Tensor, " classes"]
+    converged: bool
+
+    def scores(self, features: Float[Tensor, "image dim"]) -> Float[Tensor, "image classes"]:
+        """Return the score of each class, `(n, classes)`, in float64, before a softmax."""
+        return features.double() @ self.weight.T + self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Best:
+    """The fit whose C was best on held-out images.
+
+    Attributes:
+        c: that C: weight of the loss against the penalty ‖W‖² / 2, as scikit-learn's.
+        heldout_accuracy: accuracy on the held-out images, 0..1, of every C.
+        classifier: the fit.
     """
 
     c: float
     heldout_accuracy: dict[float, float]
-    converged: bool
-    weight: Float[Tensor, "classes dim"]
-    bias: Float[Tensor, " classes"]
+    classifier: Classifier
+
+    @property
+    def converged(self) -> bool:
+        """Whether the fit ended before its last iteration."""
+        return self.classifier.converged
+
+
+@dataclass(frozen=True, eq=False)
+class LogisticResult(Best):
+    """Logistic regression on the test images, fitted on all training images with the best C.
+
+    Attributes:
+        top1: whether each test image is right.
+        top5: whether its class is among the best five.
+    """
+
     top1: Bool[Tensor, " test"]
     top5: Bool[Tensor, " test"]
 
@@ -89,29 +118,9 @@ def logistic(
         strengths=strengths,
         iterations=iterations,
     )
-    weight, bias, converged = _Path(train, train_labels, num_classes, iterations).fit(best.c)
-    scores = test.double() @ weight.T + bias
-    top1, top5 = (correct(scores, test_labels, top) for top in (1, TOP))
-    return LogisticResult(best.c, best.heldout_accuracy, converged, weight, bias, top1, top5)
-
-
-@dataclass(frozen=True, eq=False)
-class Best:
-    """The fit whose C was best on held-out images.
-
-    Attributes:
-        c: that C.
-        heldout_accuracy: of every C.
-        converged: of every C, whether its fit ended before its last iteration.
-        weight: for raw features.
-        bias: likewise.
-    """
-
-    c: float
-    heldout_accuracy: dict[float, float]
-    converged: dict[float, bool]
-    weight: Float[Tensor, "classes dim"]
-    bias: Float[Tensor, " classes"]
+    classifier = _Path(train, train_labels, num_classes, iterations).fit(best.c)
+    top1, top5 = (correct(classifier.scores(test), test_labels, top) for top in (1, TOP))
+    return LogisticResult(best.c, best.heldout_accuracy, classifier, top1, top5)
 
 
 def fit_best(
@@ -134,17 +143,14 @@ def fit_best(
         num_classes: classes.
         strengths: values of C to choose from.
         iterations: of L-BFGS, at most.
-
     """
-    accuracy, ended, fits = {}, {}, {}
+    accuracy, fits = {}, {}
     path = _Path(train, train_labels, num_classes, iterations)
     for strength in sorted(strengths):  # from the strongest penalty: each fit starts where the last one ended
-        weight, bias, ended[strength] = path.fit(strength)
-        scores = heldout.double() @ weight.T + bias
-        accuracy[strength] = float(correct(scores, heldout_labels).double().mean())
-        fits[strength] = weight, bias
+        fits[strength] = path.fit(strength)
+        accuracy[strength] = float(correct(fits[strength].scores(heldout), heldout_labels).double().mean())
     best = max(accuracy, key=lambda strength: accuracy[strength])
-    return Best(best, accuracy, ended, *fits[best])
+    return Best(best, accuracy, fits[best])
 
 
 class _Path:
@@ -161,8 +167,8 @@ class _Path:
         self.labels, self.num_classes = labels.cpu().numpy(), num_classes
         self.model: LogisticRegression = LogisticRegression(max_iter=iterations, tol=_TOLERANCE, warm_start=True)
 
-    def fit(self, strength: float) -> tuple[Tensor, Tensor, bool]:
-        """Weight and bias for raw features, and whether the fit ended of itself."""
+    def fit(self, strength: float) -> Classifier:
+        """Return the fit with this C."""
         from sklearn.exceptions import ConvergenceWarning
 
         self.model.set_params(C=strength)
@@ -177,4 +183,4 @@ class _Path:
         seen = torch.from_numpy(self.model.classes_).to(weight.device)
         weight[seen] = found[0] / self.spread
         bias[seen] = found[1] - weight[seen] @ self.center
-        return weight, bias, bool((self.model.n_iter_ < self.model.max_iter).all())
+        return Classifier(weight, bias, bool((self.model.n_iter_ < self.model.max_iter).all()))

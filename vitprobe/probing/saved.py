@@ -20,9 +20,8 @@ from vitprobe.aggregation import Aggregator, create
 from vitprobe.aggregation.finding import resolve
 from vitprobe.aggregation.registering import as_name
 from vitprobe.aggregation.registry import is_known
-from vitprobe.data.batches import iterate, iterate_loader
-from vitprobe.data.sources import LoaderImages, open_images
-from vitprobe.data.streams import StreamImages
+from vitprobe.data.reading import Reading
+from vitprobe.data.sources import open_images
 from vitprobe.errors import UserError
 from vitprobe.files import write_atomically
 from vitprobe.models.identity import weights_sha256
@@ -83,7 +82,7 @@ class LoadedProbe:
     @torch.no_grad()
     def _over(self, images: Any, batch_size: int, device: Any, *, classify: bool) -> Tensor:
         source = open_images(images).for_model(self.model.transform.wanted)
-        if isinstance(source, StreamImages):
+        if source.streamed:
             raise UserError(f"{source.source} is a stream: give a folder, a tar, a list, a tensor or a DataLoader")
         aggregator, tap = self.probe.aggregator, self.spec.tap
         frozen = FrozenModel(
@@ -95,10 +94,7 @@ class LoadedProbe:
             device=device,
         )
         probe, found = self.probe.to(frozen.device), []
-        if isinstance(source, LoaderImages):
-            loaded = iterate_loader(source)
-        else:
-            loaded = iterate(source, range(len(source)), self.model.transform, batch_size)
+        loaded = source.batches(Reading(self.model.transform, batch_size, workers=0))
         with frozen, closing(loaded):
             for batch in loaded:
                 if batch.skipped:  # a row an image, in their order, is what is promised

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 
 
-def rate_factor(step: int, *, steps: int, warmup_steps: int) -> float:
-    """What the learning rate is multiplied by at a step, 0..1.
+def rate_factor(step: float | int, *, steps: float | int, warmup_steps: float | int) -> float:
+    """Return what the learning rate is multiplied by at a step, 0..1.
 
     It rises linearly from 0 at step 0 to 1 at step `warmup_steps`, then falls as half a cosine to 0 at step `steps`.
 
     Args:
-        step: the step, from 0 to `steps` - 1.
-        steps: steps of the whole training.
-        warmup_steps: steps of the warm-up; 0 for none.
+        step: steps so far, or any other measure of time, such as epochs and their fractions; 0 to `steps`.
+        steps: the whole training, in the same unit.
+        warmup_steps: the warm-up, in the same unit; 0 for none.
     """
     if step < warmup_steps:
         return step / warmup_steps

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
 from scipy import special, stats
 
 from vitprobe.layout import TokenLayout
+from vitprobe.profile.moments import GroupMoments
 from vitprobe.statistics import STATISTICS
 
 LEVEL = 0.95
@@ -159,79 +160,33 @@ class Running:
     """Mean over groups and its interval, of values that come a part at a time.
 
     Memory holds the sums of groups that are not whole yet, and nothing else that grows with the number of images.
-    Moments of parts are merged as by Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing
-    sample variances", 1982) and Pébay (third moments; Sandia report 2008-6212), of differences from the first group, so
-    that equal values leave a spread of exactly 0.
+
+    Attributes:
+        moments: what has come.
     """
 
     def __init__(self, sizes: Mapping[str, int] | None, bounds: tuple[float, float] = (-np.inf, np.inf)) -> None:
         """`sizes` as of `group_sizes`, for all images that will come; `bounds` of their values."""
-        self._sizes = sizes
         self._bounds = bounds
         self._logarithmic = on_log_scale(bounds)
-        self._begun: dict[str, tuple[int, Any]] = {}  # images so far, and their sum
-        self._n = 0
-        self._has_interval = True
-        # Of group means: their sum. Of these, or their logarithms, as differences from the first: mean, and the sums of
-        # the second and third powers of differences from it.
-        self._total: Any = 0.0
-        self._origin: Any = None
-        self._middle: Any = 0.0
-        self._squares: Any = 0.0
-        self._cubes: Any = 0.0
+        # Clipped, as rounding may put values beyond a bound, where no scale reaches.
+        scale = np.log if self._logarithmic else partial(np.clip, a_min=bounds[0], a_max=bounds[1])
+        self.moments = GroupMoments(sizes, alone=sizes is None, scale=scale)
 
     def add(self, values: Float[np.ndarray, "image ..."], groups: Sequence[str]) -> None:
         """Take some images, with the group of each."""
-        values = np.asarray(values, dtype=np.float64)
-        means = values if self._sizes is None else self._whole(values, groups, self._sizes)
-        if not len(means):
-            return
-        before, self._n = self._n, self._n + len(means)
-        self._total = self._total + means.sum(axis=0)
-        if self._logarithmic and not (np.isfinite(means) & (means > 0)).all():
-            self._has_interval = False
-        if not self._has_interval:
-            return
-        # Clipped, as rounding may put values beyond a bound, where no scale reaches.
-        scaled = np.log(means) if self._logarithmic else np.clip(means, *self._bounds)
-        self._origin = scaled[0] if self._origin is None else self._origin
-        away = scaled - self._origin
-        middle = away.mean(axis=0)
-        squares, cubes = (((away - middle) ** power).sum(axis=0) for power in (2, 3))
-        step, new, n = middle - self._middle, len(means), self._n
-        self._cubes = (
-            self._cubes
-            + cubes
-            + step**3 * before * new * (before - new) / n**2
-            + 3 * step * (before * squares - new * self._squares) / n
-        )
-        self._middle = self._middle + step * new / n
-        self._squares = self._squares + squares + step**2 * before * new / n
-
-    def _whole(
-        self, values: Float[np.ndarray, "image ..."], groups: Sequence[str], sizes: Mapping[str, int]
-    ) -> Float[np.ndarray, "group ..."]:
-        """Means of the groups that these images complete."""
-        means = []
-        for group, value in zip(groups, values, strict=True):
-            count, total = self._begun.pop(group, (0, 0.0))
-            count, total = count + 1, total + value
-            if count == sizes[group]:
-                means.append(total / count)
-            else:
-                self._begun[group] = count, total
-        return np.array(means)
+        self.moments.add(values, groups)
 
     def estimate(self, level: float = LEVEL, sequential: bool = False) -> Estimate:
         """What has come; as `estimate`, the function."""
-        n, mean = self._n, np.asarray(self._total / self._n)
-        if n < 2 or not self._has_interval:
+        n, mean = self.moments.n, self.moments.plain_mean
+        if n < 2 or (self._logarithmic and not self.moments.defined.all()):
             nothing = np.full(mean.shape, np.nan)
             return Estimate(mean, mean, nothing, nothing, n, "none")
-        middle, spread = np.asarray(self._origin + self._middle), np.asarray(np.sqrt(self._squares / (n - 1)))
+        middle, spread = self.moments.mean, self.moments.spread
         kind = ("log-" if self._logarithmic else "") + ("cs" if sequential else "t" if self._logarithmic else "skew-t")
         if kind == "skew-t":
-            ends = skew_t_ends(middle, spread, self._skewness(), n, self._bounds, level)
+            ends = skew_t_ends(middle, spread, self.moments.skewness, n, self._bounds, level)
         else:
             half = stats.t.ppf((1 + level) / 2, n - 1) * spread / np.sqrt(n)
             if sequential:
@@ -244,12 +199,6 @@ class Running:
         # Rounding may put a mean beyond a bound, and the ends of a point beside it; an interval contains its center.
         low, high = np.minimum(ends[0], center), np.maximum(ends[1], center)
         return Estimate(mean, np.asarray(center), np.asarray(low), np.asarray(high), n, kind)
-
-    def _skewness(self) -> Float[np.ndarray, "*shape"]:
-        """Third standardised moment of what the interval is computed from; 0 without spread."""
-        variance = np.asarray(self._squares / self._n)
-        some = variance > 0
-        return np.where(some, self._cubes / self._n / np.where(some, variance, 1.0) ** 1.5, 0.0)
 
 
 def estimate(

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from typing import Any
 
@@ -28,6 +29,7 @@ from jaxtyping import Bool, Float
 from vitprobe.errors import UserError
 from vitprobe.layout import TokenLayout
 from vitprobe.profile.intervals import on_log_scale, sequence_half_width, statistic_bounds
+from vitprobe.profile.moments import GroupMoments
 from vitprobe.profile.values import Shard, ShardValues
 from vitprobe.statistics import STATISTICS
 
@@ -78,61 +80,6 @@ def required_precision(names: Sequence[str], tolerance: float, layout: TokenLayo
     return Precision(relative, absolute, logarithmic, reach)
 
 
-@dataclass
-class GroupMoments:
-    """Mean and standard deviation over groups of several quantities, as their values come one by one.
-
-    A group that gets another value changes its mean, so the sum of each is kept, unless every image is a group alone.
-
-    Attributes:
-        logarithmic: which quantities count by the logarithm of their group mean.
-        grouped: whether a group may have several images.
-        n: groups so far.
-    """
-
-    logarithmic: Bool[np.ndarray, " quantity"]
-    grouped: bool = True
-    n: int = 0
-    _groups: dict[str, tuple[int, Vector]] = field(default_factory=dict)
-    _origin: Vector | None = None  # sums are of differences from it: little cancels, and equal values leave exactly 0
-    _sum: Any = 0.0
-    _squares: Any = 0.0
-    _undefined: Any = 0  # groups without a finite value
-
-    def add(self, group: str, values: Vector) -> None:
-        """Take the values of one image of this group."""
-        count, total = self._groups.get(group, (0, np.zeros_like(values)))
-        if count:
-            self._count(total / count, -1)
-        self._count((total + values) / (count + 1), 1)
-        if self.grouped:
-            self._groups[group] = (count + 1, total + values)
-
-    def _count(self, means: Vector, times: int) -> None:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            scaled = np.where(self.logarithmic, np.log(means), means)
-        finite = np.isfinite(scaled)
-        if self._origin is None:
-            self._origin = np.where(finite, scaled, 0.0)
-        difference = np.where(finite, scaled - self._origin, 0.0)
-        self.n += times
-        self._sum = self._sum + times * difference
-        self._squares = self._squares + times * difference**2
-        self._undefined = self._undefined + times * ~finite
-
-    @property
-    def mean(self) -> Vector:
-        """Over groups, on each quantity's own scale; NaN where a group has no finite value."""
-        assert self._origin is not None  # a value has come
-        return np.where(self._undefined, np.nan, self._origin + self._sum / self.n)
-
-    @property
-    def spread(self) -> Vector:
-        """The standard deviation, likewise; needs two groups."""
-        squares = np.maximum(self._squares - self._sum**2 / self.n, 0.0)
-        return np.where(self._undefined, np.nan, np.sqrt(squares / (self.n - 1)))
-
-
 class Stopper:
     """Decides after each shard whether the run is to go on.
 
@@ -165,9 +112,9 @@ class Stopper:
         places = [(name, block) for name, of_name in means.items() for block in range(of_name.shape[1])]
         required = required_precision([name for name, _ in places], self.tolerance, self._layout, self._signed)
         if self._moments is None:
-            self._moments = GroupMoments(required.logarithmic, self._grouped)
-        for group, values in zip(shard.groups, np.concatenate(list(means.values()), axis=1), strict=True):
-            self._moments.add(group, values)
+            scale = partial(_scaled, logarithmic=required.logarithmic)
+            self._moments = GroupMoments(alone=not self._grouped, scale=scale)
+        self._moments.add(np.concatenate(list(means.values()), axis=1), shard.groups)
         known = np.zeros(len(places), dtype=bool)
         if self.n >= FEWEST_GROUPS:
             known = required.known(self._moments.mean, self._moments.spread, self.n)
@@ -195,6 +142,13 @@ class Stopper:
             "groups": self.n,
             "unknown": self.unknown,
         }
+
+
+def _scaled(
+    means: Float[np.ndarray, "group quantity"], logarithmic: Bool[np.ndarray, " quantity"]
+) -> Float[np.ndarray, "group quantity"]:
+    """The logarithms of some quantities, the others as they are."""
+    return np.where(logarithmic, np.log(means), means)
 
 
 def stopping_line(stopping: dict[str, Any]) -> str:
