@@ -104,7 +104,7 @@ def command(
 
 def _analyze(names: list[str], folders: list[Path], given: dict[str, Any], options: dict[str, Any]) -> None:
     """Analyse each model into its folder."""
-    from vitprobe.models.hub import require_weights
+    from vitprobe.models.downloads import require_weights
     from vitprobe.models.registry import find_spec
 
     first, overwrite, resume = rank() == 0, options["overwrite"], options["resume"]

@@ -16,7 +16,7 @@ from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.anatomy.unsupported import ISOTROPIC
 from vitprobe.models.configs import describe_images
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, NORMALISATIONS, ModelSpec
-from vitprobe.models.official.architectures import create_official
+from vitprobe.models.official.building import create_official
 from vitprobe.models.official.entries import OFFICIAL
 from vitprobe.models.registry import all_specs, find_spec, nearest
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.layout import TokenLayout
-from vitprobe.models.anatomy import huggingface_vit, own_vit, timm_vit
+from vitprobe.models.anatomy import own_vit, timm_vit, transformers_vit
 from vitprobe.models.anatomy.block_lists import BlockList, block_lists, likely, opened
 from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.measured import Watched, noise_for, run_once
@@ -57,7 +57,7 @@ def find_anatomy(
     if not towers:
         if found.refusals:
             raise AttentionNotSeenError(found.refusals[0])
-        huggingface_vit.recognise(tower)  # which says what a model of transformers takes instead of images
+        transformers_vit.recognise(tower)  # which says what a model of transformers takes instead of images
         lists = tuple(block_lists(tower))
         if not lists:
             own_vit.recognise(tower, layout)  # which says what is missing
@@ -179,7 +179,7 @@ def _size_of(candidate: _Candidate) -> tuple[int, int] | None:
 
 def _recognise(tower: Tower, blocks: BlockList, layout: TokenLayout | None) -> Anatomy:
     """The anatomy of a tower, as the library that it follows has it."""
-    anatomy = (huggingface_vit.recognise(tower.part) or timm_vit.recognise(tower.part)) if tower.known else None
+    anatomy = (transformers_vit.recognise(tower.part) or timm_vit.recognise(tower.part)) if tower.known else None
     if anatomy is None:
         return own_vit.recognise(tower.part, layout, blocks.blocks)
     return anatomy if layout is None else _with_layout(anatomy, layout)

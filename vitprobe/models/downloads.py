@@ -1,127 +1,25 @@
-"""Weights that are not on this machine yet: where they lie, whether they are cached, and fetching them.
+"""Fetch weights that are not on this machine yet, from the Hugging Face hub or from a plain address.
 
 Needs neither torch nor timm until something is downloaded from a plain address. What is cached is used without any
-request. Before a download one request asks, for at most `PATIENCE` seconds, whether the other side answers at all: the
-hub client's own retries take far longer than a user without a network wants to wait.
+request. Before a download one request asks whether the other side answers at all (`network.py` says why).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-import socket
-import ssl
-import threading
 import urllib.error
-import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from vitprobe.errors import UserError
+from vitprobe.models.caches import WEIGHT_FILES, address_path, cached_weights
 from vitprobe.models.entries import ADDRESSES, ModelSpec
+from vitprobe.models.network import why_no_answer
 from vitprobe.models.official.entries import OfficialCheckpoint, find_official
+from vitprobe.models.repositories import hub_repository, local_folder
 
-PATIENCE = 2.5  # seconds for name look-up, connection and first answer together
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order of preference
 WAY_OUT = "give the weights with --checkpoint FILE, or use a bundled model (--model mae_vit_nano)"
-# What a gateway answers when it cannot reach the host behind it, or wants a password first.
-_GATEWAY_TROUBLE = (407, 502, 503, 504)
-
-
-def hub_repository(source: str) -> str | None:
-    """The Hugging Face repository (`owner/name` or `owner/name@revision`) of a spec's source, or None."""
-    kind, _, name = source.partition(":")
-    if kind == "hf-hub":
-        return name
-    if kind != "timm" or source in ADDRESSES:
-        return None
-    # The same weights with another activation: timm keeps one repository for both.
-    return "timm/" + name.replace("_clip_quickgelu_", "_clip_")
-
-
-def local_folder(repository: str) -> Path | None:
-    """The folder on this machine that a repository's name means; None where it means one of the Hugging Face hub.
-
-    A folder with a config.json comes before a repository of the same name.
-
-    Raises:
-        UserError: for a path without such a folder.
-    """
-    folder = Path(repository).expanduser()
-    if repository and (folder / "config.json").is_file():
-        return folder
-    if not repository.startswith((".", "/", "~", "\\")) and repository.rstrip("/").count("/") < 2:
-        return None
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {repository}")
-    raise UserError(f"the folder {repository} holds no config.json: {what_in(folder)}")
-
-
-def what_in(folder: Path) -> str:
-    """What to give instead of a folder that says nothing of its model."""
-    if (folder / "adapter_config.json").is_file():
-        return "it is an adapter of PEFT: load it with its model, call merge_and_unload(), and save what that gives"
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    endings = (".safetensors.index.json", ".bin.index.json", ".safetensors", ".npz", ".bin", ".pth", ".pt", ".ckpt")
-    files = [name for ending in endings for name in names if name.endswith(ending)]
-    if files:
-        return f"give the file {folder / files[0]} with its architecture (--arch NAME)"
-    return "give a folder that save_pretrained wrote, or a checkpoint file"
-
-
-def names_one_of_the_hub(repository: str) -> bool:
-    """Whether a name is one that a repository of the hub may have, too."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) is not None
-
-
-def at_commit(repository: str, file: Path) -> str:
-    """The repository at the commit that a cached file of it is of, which names its folder; a local folder itself."""
-    return repository if local_folder(repository) else f"{repository.partition('@')[0]}@{file.parent.name}"
-
-
-def name_of(repository: str) -> str:
-    """The last part of a repository's or folder's name."""
-    folder = local_folder(repository)
-    return folder.resolve().name if folder else repository.partition("@")[0].rpartition("/")[2]
-
-
-def cached_weights(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path | None:
-    """The first of `filenames` that the local Hugging Face cache, or a folder, holds; asks no network.
-
-    Raises:
-        UserError: for what cannot be a repository's name.
-    """
-    if (folder := local_folder(repository)) is not None:
-        return next((folder / name for name in filenames if (folder / name).is_file()), None)
-    from huggingface_hub import try_to_load_from_cache
-
-    name, _, revision = repository.partition("@")
-    for filename in filenames:
-        try:
-            found = try_to_load_from_cache(name, filename, revision=revision or None)
-        except ValueError as error:
-            raise UserError(f"{repository!r} is no repository of the Hugging Face hub: write owner/name") from error
-        if isinstance(found, str):
-            return Path(found)
-    return None
-
-
-def address_path(address: str, filename: str = "") -> Path:
-    """Where torch.hub (and timm) keep the file of a plain address, or a file of this name."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")  # noqa: PTH118 - "~" is expanded below
-    return Path(home).expanduser() / "hub" / "checkpoints" / (filename or Path(urlsplit(address).path).name)
-
-
-def is_downloaded(spec: ModelSpec) -> bool:
-    """Whether a model's weights are in a local cache; asks no network."""
-    if spec.source in ADDRESSES:
-        return address_path(ADDRESSES[spec.source]).is_file()
-    if entry := find_official(spec.source):
-        return address_path(entry.address, entry.cached_name).is_file()
-    repository = hub_repository(spec.source)
-    return repository is not None and cached_weights(repository) is not None
 
 
 def require_weights(spec: ModelSpec) -> None:
@@ -310,49 +208,3 @@ def _require_answer(address: str, what: str) -> None:
 def _download_failed(what: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     return UserError(f"the download of {what} failed: {reason}; {WAY_OUT}")
-
-
-def why_no_answer(address: str, seconds: float = PATIENCE) -> str:
-    """Why nothing answers at an address within `seconds`; the empty string where something does.
-
-    Goes through the proxies that the environment names, as the hub client does.
-    """
-    outcome: list[str] = []
-    # A daemon, because a name look-up that hangs can be neither interrupted nor timed out.
-    thread = threading.Thread(target=lambda: outcome.append(_ask(address, seconds + 1)), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return outcome[0] if outcome else f"no answer within {seconds:g} s"
-
-
-class _AnyAnswer(urllib.request.HTTPErrorProcessor):
-    """Takes every status as an answer, and follows no redirection."""
-
-    def http_response(self, request, response):
-        """The response as it is."""
-        return response
-
-    https_response = http_response
-
-
-def _ask(address: str, seconds: float) -> str:
-    """One HEAD request; the empty string for an answer, otherwise the trouble in words."""
-    try:
-        parts = urlsplit(address)
-        proxies = urllib.request.getproxies()
-        proxy = proxies.get(parts.scheme) or proxies.get("all", "")
-        if proxy and urllib.request.proxy_bypass(parts.hostname or ""):
-            proxy = ""
-        if proxy.startswith("socks"):  # urllib does not speak it; whether the proxy is there must do
-            way = urlsplit(proxy)
-            socket.create_connection((way.hostname or "", way.port or 1080), timeout=seconds).close()
-            return ""
-        opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({parts.scheme: proxy} if proxy else {}), _AnyAnswer
-        )
-        with opener.open(urllib.request.Request(address, method="HEAD"), timeout=seconds) as response:
-            return f"status {response.status}" if response.status in _GATEWAY_TROUBLE else ""
-    except Exception as error:  # in a thread of its own, where nobody else would take it
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
-        # The hub client may know certificates that this Python does not: it decides.
-        return "" if isinstance(reason, ssl.SSLCertVerificationError) else str(reason) or type(reason).__name__

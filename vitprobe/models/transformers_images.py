@@ -12,10 +12,12 @@ from torch import nn
 
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
-from vitprobe.models.anatomy.huggingface_vit import from_transformers, takes_patches
 from vitprobe.models.anatomy.parts import Size, pair
-from vitprobe.models.hub import cached_weights, fetch_from_hub, local_folder
+from vitprobe.models.anatomy.transformers_vit import from_transformers, takes_patches
+from vitprobe.models.caches import cached_weights
+from vitprobe.models.downloads import fetch_from_hub
 from vitprobe.models.pickles import one_line
+from vitprobe.models.repositories import local_folder
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
