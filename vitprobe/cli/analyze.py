@@ -78,6 +78,8 @@ def command(
     arch: str | None,
     weights_key: str | None,
     out: Path | None,
+    name: str | None,
+    paradigm: str | None,
     **options: Any,
 ) -> None:
     """Measure how attention flows in a model; print a table and a verdict, draw the paper's figures.
@@ -86,7 +88,9 @@ def command(
 
     On several GPUs or machines: torchrun --nproc-per-node 8 -m vitprobe analyze …
     """
-    names, folders, given = choose_runs(models, checkpoint, arch, weights_key, out, options["resume"])
+    names, folders, given = choose_runs(
+        models, checkpoint, arch, weights_key, out, options["resume"], name=name, paradigm=paradigm
+    )
     if not launched():
         _analyze(names, folders, given, options)
         return

@@ -91,6 +91,19 @@ def which_models(command: Callable) -> Callable:
     """The options that say what to load."""
     for option in (
         click.option(
+            "--paradigm",
+            type=SomeText(),
+            metavar="P",
+            help="How one --model was trained: MIM, JEA, hybrid, supervised, VLM, other, or random.  [if known, the "
+            "registry's]",
+        ),
+        click.option(
+            "--name",
+            type=SomeText(),
+            metavar="NAME",
+            help="What tables and figures call one --model.  [its alias, or its file's name]",
+        ),
+        click.option(
             "--weights-key",
             metavar="KEY",
             help="Of a --checkpoint with several sets of weights this one.  [averaged ones, else the usual]",

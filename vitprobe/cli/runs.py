@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from vitprobe.errors import UserError
+from vitprobe.models.paradigms import find_paradigm
 
 BUNDLED = ("mae_vit_nano", "supervised_vit_nano")  # what is taken where no model is named
 
@@ -22,12 +23,22 @@ def choose_runs(
     out: Path | None,
     resume: bool,
     prefix: str = "",
+    name: str | None = None,
+    paradigm: str | None = None,
 ) -> tuple[list[str], list[Path], dict[str, Any]]:
     """What to load, a run's folder for each (its name begins with `prefix` without `out`), and how to load it."""
     if resume and out is None:
         raise UserError("--resume goes on with a run, and that needs its folder: give --out too")
     names = _models(models, checkpoint, arch, weights_key)
-    given = {"checkpoint": checkpoint if models else None, "arch": arch, "weights_key": weights_key}
+    said = {} if name is None else {"name": name}
+    if paradigm is not None:
+        said["paradigm"] = find_paradigm(paradigm)
+    if said and len(names) > 1:
+        raise UserError(
+            f"--{next(iter(said))} is for one model, and here are {len(names)} ({', '.join(names)}); run the command "
+            f"once for each"
+        )
+    given = {"checkpoint": checkpoint if models else None, "arch": arch, "weights_key": weights_key} | said
     return names, _folders(names, out, prefix), given
 
 

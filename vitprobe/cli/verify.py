@@ -71,13 +71,17 @@ def command(
     arch: str | None,
     weights_key: str | None,
     out: Path | None,
+    name: str | None,
+    paradigm: str | None,
     **options: Any,
 ) -> None:
     """Train light probes on frozen tokens and measure what each way of aggregating them gives, with intervals.
 
     The main line: vitprobe verify --model mae_vit_b --data IMAGENET
     """
-    names, folders, given = choose_runs(models, checkpoint, arch, weights_key, out, options["resume"], "verify-")
+    names, folders, given = choose_runs(
+        models, checkpoint, arch, weights_key, out, options["resume"], "verify-", name, paradigm
+    )
 
     from vitprobe.aggregation.registry import split_names
     from vitprobe.figures import save_figure, selective_aggregation

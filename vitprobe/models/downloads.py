@@ -34,8 +34,8 @@ def require_weights(spec: ModelSpec) -> None:
         require_address(ADDRESSES[spec.source], spec.name)
     elif entry := find_official(spec.source):
         require_official(entry)
-    elif repository := hub_repository(spec.source):
-        require_hub(repository)
+    elif spec.source.startswith("timm:") and (repository := hub_repository(spec.source)):
+        require_hub(repository)  # another repository may have its weights under another name, which its config says
 
 
 def require_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path | None:

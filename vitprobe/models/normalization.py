@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +35,7 @@ class Normalization:
         return replace(transform, mean=mean, std=std, stated=stated)
 
 
-def find_normalization(given: str | Sequence[Any] | Normalization) -> Normalization:
+def find_normalization(given: Any) -> Normalization:
     """Return what a user means by a normalization.
 
     Args:

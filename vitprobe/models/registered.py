@@ -11,13 +11,14 @@ from vitprobe.errors import UserError
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, ENTRIES, ModelSpec
 from vitprobe.models.official.entries import OFFICIAL
 from vitprobe.models.paradigms import find_paradigm
-from vitprobe.models.repositories import CHECKPOINT_SUFFIXES, TIMMS, TRANSFORMERS
+from vitprobe.models.repositories import CHECKPOINT_SUFFIXES, TIMMS, TRANSFORMERS, names_one_of_the_hub
 
 if TYPE_CHECKING:
     from vitprobe.layout import TokenLayout
 
 SHIPPED = (*ENTRIES, *(entry.spec for entry in OFFICIAL.values()))
 _SHIPPED = {spec.name: spec for spec in SHIPPED} | {spec.source.removeprefix("timm:"): spec for spec in SHIPPED}
+_PREFIXES = (*TIMMS, TRANSFORMERS)
 _REGISTERED: dict[str, Registration] = {}
 
 
@@ -36,6 +37,13 @@ class Registration:
     source: str | Path
     arch: str | None = None
     layout: TokenLayout | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """The file or folder on this machine that is meant; None for a name."""
+        text = str(self.source)
+        path = Path(text.partition(":")[2] if text.startswith(_PREFIXES) else text)
+        return path if isinstance(self.source, Path) or path.is_absolute() else None
 
 
 def register(
@@ -127,10 +135,10 @@ def _absolute(alias: str, source: str | Path, arch: str | None) -> str | Path:
     if not isinstance(source, str | Path) or not str(source):
         raise UserError(f"the source of {alias} is {source!r}: give a model's name, a folder, or a checkpoint file")
     text = str(source)
-    if text.startswith((*TIMMS, TRANSFORMERS)):
+    if text.startswith(_PREFIXES):
         if arch is not None:
             raise UserError(f"arch is for a checkpoint file, and {text} says its own: leave it out")
-        return text
+        return _repository(text)
     is_file = isinstance(source, Path) or arch is not None or text.endswith(CHECKPOINT_SUFFIXES)
     path = Path(text).expanduser().absolute()
     if path.is_dir():
@@ -152,6 +160,17 @@ def _absolute(alias: str, source: str | Path, arch: str | None) -> str | Path:
     return path
 
 
+def _repository(text: str) -> str:
+    """A repository with its prefix in one spelling, and with the absolute path of a folder."""
+    prefix, _, name = text.replace("hf_hub:", "hf-hub:", 1).partition(":")
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file() or name.startswith((".", "/", "~", "\\")):
+        return f"{prefix}:{folder.absolute()}"
+    if not names_one_of_the_hub(name.partition("@")[0]):
+        raise UserError(f"{text} names no repository: write {prefix}:owner/name, or {prefix}:./DIR for a folder")
+    return f"{prefix}:{name}"
+
+
 def _what_and_where(source: str | Path, arch: str | None) -> tuple[str, str]:
     """The architecture ("" where only a load tells) and the `source` of an alias's entry, as `ModelSpec` has them."""
     text = str(source)
@@ -159,7 +178,7 @@ def _what_and_where(source: str | Path, arch: str | None) -> tuple[str, str]:
         return arch or "", f"{'file' if arch else 'folder'}:{source.name}"
     if known := _SHIPPED.get(text):
         return known.architecture, known.source
-    if text.startswith((*TIMMS, TRANSFORMERS)):
+    if text.startswith(_PREFIXES):
         return "", text
     architecture, _, tag = text.partition(".")
     return architecture, f"timm:{text}" if tag else text  # which weights an untagged name means, only timm knows

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import astuple
 from difflib import get_close_matches
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitprobe.models.caches import is_downloaded
@@ -50,8 +49,8 @@ def status(spec: ModelSpec) -> str:
     or folder "local", or "missing" where it is not there.
     """
     registered = find_registration(spec.name)
-    if registered is not None and isinstance(registered.source, Path):
-        return "local" if registered.source.exists() else "missing"
+    if registered is not None and registered.path is not None:
+        return "local" if registered.path.exists() else "missing"
     if spec.source.startswith(("bundled:", "seed:")):
         return "bundled"
     entry = find_official(spec.source)

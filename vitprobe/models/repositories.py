@@ -19,7 +19,7 @@ CHECKPOINT_SUFFIXES = (
 def hub_repository(source: str) -> str | None:
     """The Hugging Face repository (`owner/name` or `owner/name@revision`) of a spec's source, or None."""
     kind, _, name = source.partition(":")
-    if kind == "hf-hub":
+    if kind in ("hf-hub", "hf"):
         return name
     if kind != "timm" or source in ADDRESSES:
         return None

@@ -15,7 +15,7 @@ from vitprobe.models.anatomy import own_vit, timm_vit, transformers_vit
 from vitprobe.models.anatomy.block_lists import BlockList, block_lists, likely, opened
 from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.measured import Watched, noise_for, run_once
-from vitprobe.models.anatomy.parts import Anatomy, read_images, unwrapped
+from vitprobe.models.anatomy.parts import Anatomy, channels_of, read_images, unwrapped
 from vitprobe.models.anatomy.towers import Tower, find_towers, runs_alone
 
 # Where models of images and texts keep the part for images.
@@ -157,7 +157,7 @@ def _running(module: nn.Module, rivals: list[_Candidate], layout: TokenLayout | 
         size = layout.image_size if layout is not None else _size_of(each)
         if size is None:
             continue
-        images = noise_for(module, own_vit.channels_of(each.tower.part), size)
+        images = noise_for(module, channels_of(own_vit.embedding_of(each.tower.part)), size)
         run_once(module, images, watched)
         if any(seen.began for seen in watched):
             break
