@@ -89,13 +89,11 @@ class _Candidate:
         return f"list({paths[0]})" if len(paths) == 1 else f"[{', '.join(f'*{path}' for path in paths)}]"
 
 
-def image_tower(module: nn.Module) -> nn.Module:
-    """The part of a model of images and texts that takes images; any other model itself."""
-    return _image_tower(module)[1][0]
-
-
 def _image_tower(module: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
-    """The same, with what holds it; and its path."""
+    """The path of the part of a model of images and texts that takes images, and that part with what holds it.
+
+    Any other model is this part itself, with the path "".
+    """
     path, lineage = "", (module,)
     while True:
         parts: list[tuple[str, Any]] = [(name, getattr(lineage[0], name, None)) for name in _TOWERS]
