@@ -15,7 +15,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's order of 
 
 
 def cached_weights(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path | None:
-    """The first of `filenames` that the local Hugging Face cache, or a folder, holds; asks no network.
+    """Return the first of `filenames` in the local Hugging Face cache, or in a folder; None without one.
 
     Raises:
         UserError: for what cannot be a repository's name.
@@ -36,14 +36,14 @@ def cached_weights(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -
 
 
 def address_path(address: str, filename: str = "") -> Path:
-    """Where torch.hub (and timm) keep the file of a plain address, or a file of this name."""
+    """Return the path at which torch.hub and timm cache the file of a plain address, or a file of this name."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("TORCH_HOME") or os.path.join(cache, "torch")  # noqa: PTH118 - "~" is expanded below
     return Path(home).expanduser() / "hub" / "checkpoints" / (filename or Path(urlsplit(address).path).name)
 
 
 def is_downloaded(spec: ModelSpec) -> bool:
-    """Whether a model's weights are in a local cache; asks no network."""
+    """Return whether a model's weights are in a local cache."""
     if spec.source in ADDRESSES:
         return address_path(ADDRESSES[spec.source]).is_file()
     if entry := find_official(spec.source):

@@ -23,7 +23,7 @@ WAY_OUT = "give the weights with --checkpoint FILE, or use a bundled model (--mo
 
 
 def require_weights(spec: ModelSpec) -> None:
-    """Returns at once where a model's weights are here, or after one answer from where they would come.
+    """Raise `UserError` unless a model's weights are cached, or the place that they would come from answers.
 
     The command line calls this before it imports torch, so that a missing network costs seconds.
 
@@ -39,7 +39,7 @@ def require_weights(spec: ModelSpec) -> None:
 
 
 def require_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path | None:
-    """The first of `filenames` that is cached, at once; otherwise None, after one answer from the hub.
+    """Return the first of `filenames` that is cached, at once; otherwise None, after one answer from the hub.
 
     Raises:
         UserError: where they are not cached and the hub does not answer.
@@ -53,7 +53,7 @@ def require_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> P
 
 
 def require_address(address: str, name: str, filename: str = "") -> Path | None:
-    """The cached file of a plain address, at once; otherwise None, after one answer from there.
+    """Return the cached file of a plain address, at once; otherwise None, after one answer from there.
 
     Raises:
         UserError: where it is not cached and the address does not answer.
@@ -66,7 +66,7 @@ def require_address(address: str, name: str, filename: str = "") -> Path | None:
 
 
 def fetch_from_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -> Path:
-    """The local path of the first of `filenames` that a repository has; cached files first, without any request.
+    """Return the local path of the first of `filenames` in a repository; cached files first, without any request.
 
     Raises:
         UserError: where it cannot be had: no network, no such repository, gated, or a download that breaks off.
@@ -109,15 +109,15 @@ def fetch_from_hub(repository: str, filenames: tuple[str, ...] = WEIGHT_FILES) -
 
 
 def fetch_from_address(address: str, name: str, *, filename: str = "", digest: str = "") -> Path:
-    """The local path of the file at a plain address, downloaded into torch.hub's cache where it is not there yet.
+    """Return the local path of the file at a plain address, after a download into torch.hub's cache where needed.
 
     Shows torch's progress bar. What breaks off or is not the right file is not left in the cache.
 
     Args:
         address: of the file.
         name: of the model, for messages.
-        filename: in the cache; by default the address's last part.
-        digest: "sha256:" or "md5:" and the hexadecimal digits of the file, or the first of them; "" asks for none.
+        filename: its name in the cache. Default "": the last part of the address.
+        digest: "sha256:" or "md5:" and the hexadecimal digits of the file, or the first of them. Default "": any file.
 
     Raises:
         UserError: where it cannot be had, or is another file.
@@ -160,7 +160,7 @@ def _digest_like(digest: str, path: Path) -> str:
 
 
 def require_official(entry: OfficialCheckpoint) -> Path | None:
-    """The cached file of an official checkpoint, at once; otherwise None, after one answer from where it lies.
+    """Return the cached file of an official checkpoint, at once; otherwise None, after one answer from its address.
 
     Raises:
         UserError: where it is not cached and its address does not answer, or where no program can download it.
@@ -174,7 +174,7 @@ def require_official(entry: OfficialCheckpoint) -> Path | None:
 
 
 def fetch_official(entry: OfficialCheckpoint) -> Path:
-    """The local path of an official checkpoint's file, downloaded into torch.hub's cache where it is not there yet.
+    """Return the local path of an official checkpoint's file, after a download into torch.hub's cache where needed.
 
     Raises:
         UserError: where it cannot be had, or is not the file that was published.

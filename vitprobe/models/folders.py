@@ -15,7 +15,7 @@ _TIMMS_OWN = "local-dir:"
 
 
 def in_folder(name: str | Path) -> str | Path:
-    """The name under which a folder's model is loaded, "hf:DIR" or "hf-hub:DIR"; any other name as it is.
+    """Return the name under which a folder's model is loaded, "hf:DIR" or "hf-hub:DIR"; any other name unchanged.
 
     A folder that is called like a known model does not hide it.
 

@@ -55,7 +55,7 @@ class LoadedModel:
 
 
 def finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Anatomy | None = None) -> LoadedModel:
-    """A module with what belongs to it.
+    """Return a module with what belongs to it.
 
     Args:
         module: the model.
@@ -96,7 +96,7 @@ def with_transform(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> LoadedModel:
-    """The model with another transform, and with the remarks that belong to it.
+    """Return the model with another transform, and with the remarks that belong to it.
 
     Args:
         model: the model.
@@ -111,7 +111,7 @@ def with_transform(
 
 
 def without_transform(model: LoadedModel) -> LoadedModel:
-    """The model without remarks on its transform, which images that come as tensors do not pass."""
+    """Return the model without remarks on its transform, which images that come as tensors do not pass."""
     return replace(model, remarks=tuple(line for line in model.remarks if line not in model.transform.remarks))
 
 
@@ -139,7 +139,7 @@ def _measured(anatomy: Anatomy, size: tuple[int, int]) -> Anatomy:
 
 
 def with_remarks(model: LoadedModel, remarks: Iterable[str]) -> LoadedModel:
-    """The model with more remarks, after those that it has."""
+    """Return the model with more remarks, after those that it has."""
     return replace(model, remarks=(*model.remarks, *remarks))
 
 
@@ -166,7 +166,7 @@ def _require_finite(module: nn.Module, name: str) -> None:
 
 
 def random_spec(spec: ModelSpec) -> ModelSpec:
-    """The spec of the same architecture with random weights."""
+    """Return the spec of the same architecture with random weights."""
     return replace(
         spec,
         name=f"{spec.name}-random",

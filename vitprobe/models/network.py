@@ -14,7 +14,7 @@ _GATEWAY_TROUBLE = (407, 502, 503, 504)
 
 
 def why_no_answer(address: str, seconds: float = PATIENCE) -> str:
-    """Why nothing answers at an address within `seconds`; the empty string where something does.
+    """Return why nothing answers at an address within `seconds`; "" where something does.
 
     Goes through the proxies that the environment names, as the hub client does.
     """

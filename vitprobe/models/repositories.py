@@ -17,7 +17,7 @@ CHECKPOINT_SUFFIXES = (
 
 
 def hub_repository(source: str) -> str | None:
-    """The Hugging Face repository (`owner/name` or `owner/name@revision`) of a spec's source, or None."""
+    """Return the Hugging Face repository (`owner/name` or `owner/name@revision`) of a spec's source, or None."""
     kind, _, name = source.partition(":")
     if kind in ("hf-hub", "hf"):
         return name
@@ -28,7 +28,7 @@ def hub_repository(source: str) -> str | None:
 
 
 def local_folder(repository: str) -> Path | None:
-    """The folder on this machine that a repository's name means; None where it means one of the Hugging Face hub.
+    """Return the folder on this machine that a repository's name means; None for a repository of the hub.
 
     A folder with a config.json comes before a repository of the same name.
 
@@ -46,7 +46,7 @@ def local_folder(repository: str) -> Path | None:
 
 
 def what_in(folder: Path) -> str:
-    """What to give instead of a folder that says nothing of its model."""
+    """Say what to give instead of a folder without a config.json."""
     if (folder / "adapter_config.json").is_file():
         return "it is an adapter of PEFT: load it with its model, call merge_and_unload(), and save what that gives"
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -58,17 +58,17 @@ def what_in(folder: Path) -> str:
 
 
 def names_one_of_the_hub(repository: str) -> bool:
-    """Whether a name is one that a repository of the hub may have, too."""
+    """Return whether a repository of the hub may have this name."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) is not None
 
 
 def at_commit(repository: str, file: Path) -> str:
-    """The repository at the commit that a cached file of it is of, which names its folder; a local folder itself."""
+    """Return the repository at the commit of one of its cached files; a local folder unchanged."""
     return repository if local_folder(repository) else f"{repository.partition('@')[0]}@{file.parent.name}"
 
 
 def name_of(repository: str) -> str:
-    """The last part of a repository's or folder's name."""
+    """Return the last part of a repository's or folder's name."""
     folder = local_folder(repository)
     return folder.resolve().name if folder else repository.partition("@")[0].rpartition("/")[2]
 

@@ -31,7 +31,7 @@ from vitprobe.models.repositories import (
 
 
 def load_from_timm(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
-    """A model of timm: `name` as the user gave it, `architecture` with the tag of its weights where one is given."""
+    """Load a model by timm's name: as the user gave it (`name`), and with the tag of its weights if known."""
     config = timm.get_pretrained_cfg(architecture)
     tagged = architecture if "." in architecture or not (config and config.tag) else f"{architecture}.{config.tag}"
     spec = find_spec(name) or find_spec(tagged)
@@ -50,7 +50,7 @@ def load_from_timm(name: str, architecture: str, img_size: ImageSize, pretrained
 
 
 def require_timm(name: str, architecture: str, img_size: ImageSize) -> None:
-    """Returns where nothing that can be known without the weights keeps a model of timm from loading."""
+    """Raise the error of `load_from_timm` for all that can be known without the weights."""
     config = _timm_config(name, architecture)
     outline(architecture, img_size=img_size)
     if config.hf_hub_id:
@@ -72,7 +72,7 @@ def _timm_files(config: Any) -> tuple[str, ...]:
 
 
 def load_repository(repository: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
-    """A repository of the Hugging Face hub that timm wrote."""
+    """Load a repository of the Hugging Face hub, or a folder, that timm wrote."""
     folder, config = _hub_config(repository)
     weights = None
     if pretrained:
@@ -96,7 +96,7 @@ def load_repository(repository: str, img_size: ImageSize, pretrained: bool) -> L
 
 
 def require_repository(repository: str, img_size: ImageSize) -> None:
-    """Returns where nothing that can be known without the weights keeps a repository of timm's from loading."""
+    """Raise the error of `load_repository` for all that can be known without the weights."""
     folder, config = _hub_config(repository)
     _built_by_hub(repository, outline, folder, img_size)
     require_hub(repository, _hub_weights(config))

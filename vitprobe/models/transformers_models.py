@@ -45,7 +45,7 @@ _INSTEAD = "use a Vision Transformer, such as hf:facebook/dinov2-base"
 def load_from_transformers(
     name: str, path: Path | None, img_size: ImageSize, pretrained: bool, weights_key: str | None = None
 ) -> LoadedModel:
-    """A repository of the Hugging Face hub that transformers wrote, or its architecture with weights from a file."""
+    """Load a repository of the hub that transformers wrote, or its architecture with weights from a file."""
     repository = name.removeprefix(TRANSFORMERS)
     module, remarks = load_image_tower(
         repository, img_size=img_size, weights=path, weights_key=weights_key, pretrained=pretrained
@@ -66,7 +66,7 @@ def load_image_tower(
     weights_key: str | None = None,
     pretrained: bool = True,
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The image tower of a repository of the Hugging Face hub, by transformers; float32, in eval mode; and remarks.
+    """Load the image tower of a repository of the Hugging Face hub: float32, in eval mode; and remarks on it.
 
     A ViTMAE shows all patches in their order, and position embeddings are interpolated for images of another size.
     Its `pretrained_cfg` says, as timm's does, how the repository prepares images. No code of the repository is run.
@@ -106,7 +106,7 @@ def load_image_tower(
 
 
 def require_image_tower(repository: str, *, img_size: ImageSize = None, weights: Path | None = None) -> None:
-    """Returns where nothing that can be known without the weights keeps `load_image_tower` from loading a model.
+    """Raise the error of `load_image_tower` for all that can be known without the weights.
 
     Args and Raises: as `load_image_tower`.
     """

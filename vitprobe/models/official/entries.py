@@ -245,5 +245,5 @@ OFFICIAL: dict[str, OfficialCheckpoint] = {entry.spec.name: entry for entry in _
 
 
 def find_official(name: str) -> OfficialCheckpoint | None:
-    """The checkpoint of an alias ("mocov3_vit_s") or of a spec's source ("official:mocov3_vit_s"), or None."""
+    """Return the checkpoint of an alias ("mocov3_vit_s") or of a spec's source ("official:mocov3_vit_s"), or None."""
     return OFFICIAL.get(name.removeprefix("official:"))
