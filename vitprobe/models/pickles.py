@@ -3,8 +3,8 @@
 `torch.load` is not used. Its weights-only mode refuses files that official training code saves, some of them whatever
 it is told to allow (docs/architecture.md has the measurement), and its other mode calls what the file names, hands
 TorchScript archives to another loader, and can write "patch" files. Here no name in a file is ever imported: the few
-that describe tensors become records, and every other one an inert `Foreign`. The tensors' bytes are read later, and only
-those wanted.
+that describe tensors become records, and every other one an inert `Foreign`. The tensors' bytes are read later, and
+only those wanted.
 """
 
 from __future__ import annotations
