@@ -13,7 +13,7 @@ import torch
 from click.testing import CliRunner
 
 import vitprobe as vp
-from helpers import images, message
+from helpers import images, message, tiny_vit
 from vitprobe.cli import main
 from vitprobe.errors import UserError
 from vitprobe.models import registered
@@ -111,6 +111,7 @@ def test_a_layout_is_kept(file):
     assert model.layout == layout
     assert model.anatomy.given
     assert model.spec.source == "file:ours.pth"
+    assert load_model("ours", img_size=(32, 48)).layout.grid == (8, 12)
     vp.models.register("wrong", file, arch=NANO, layout=vp.TokenLayout((8, 8), has_cls=False, patch_size=(4, 4)))
     with pytest.raises(UserError):
         load_model("wrong")
@@ -195,3 +196,20 @@ def test_registering_needs_neither_torch_nor_timm():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_the_page_on_models_runs(file, monkeypatch, capsys):
+    page = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    assert len(blocks) == 3
+    (file.parent / "runs").mkdir()
+    file.rename(file.parent / "runs" / "ours.pth")
+    names = {"module": tiny_vit()}
+    for block in blocks:
+        # A model of the size of the tests instead, and two images.
+        small = block.replace("vit_base_patch16_224", NANO).replace("(model)", "(model, num_images=2)")
+        exec(small, names)
+    printed = capsys.readouterr().out
+    assert "ours, 300 epochs MIM 1 prefix + 8x8 patches" in printed
+    assert "ours_vit_b" in printed
+    assert (names["profile"].name, names["profile"].paradigm) == ("ours", "JEA")

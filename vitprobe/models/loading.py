@@ -113,7 +113,7 @@ def load_model(
         request = resolve(model, checkpoint, arch, weights_key, pretrained)
         loaded = _load(request, img_size, weights_key, pretrained)
         if request.registration is not None:
-            loaded = _as_registered(loaded, request.registration, pretrained)
+            loaded = _as_registered(loaded, request.registration, img_size, pretrained)
     return normalized(described(loaded, **said), values)
 
 
@@ -174,11 +174,13 @@ def _load(request: Request, img_size: ImageSize, weights_key: str | None, pretra
     return load_from_timm(request.name, architecture, img_size, pretrained)
 
 
-def _as_registered(model: LoadedModel, registration: Registration, pretrained: bool) -> LoadedModel:
+def _as_registered(
+    model: LoadedModel, registration: Registration, img_size: ImageSize, pretrained: bool
+) -> LoadedModel:
     """The model with what its registration says of it."""
     spec = registration.spec
     if registration.layout is not None:
-        model = _wrap(model, None, registration.layout, None)
+        model = _wrap(model, img_size, registration.layout, None)
     if not pretrained:
         return described(model, name=f"{spec.name}-random")
     return described(model, name=spec.name, paradigm=spec.paradigm, method=spec.method, licence=spec.licence or None)
