@@ -4,8 +4,8 @@
 
 Each file is made as the training code named beside it saves one: the same containers and classes around a small state
 dict. Classes of packages that are not installed are stood in for by classes of the same name. Three ways are tried:
-torch's defaults; `safe_globals` with the real classes, as far as they are installed; and `safe_globals` with an inert
-class under each name that the file asks for, which needs none of them.
+torch's defaults; `safe_globals` with the real classes of Python and numpy; and `safe_globals` with an inert class under
+each name that the file asks for.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ RELEASED: dict[str, Any] = {
     "MoCo v3": {"epoch": 300, "arch": "vit_small", "state_dict": WEIGHTS, "optimizer": OPTIMIZER, "scaler": {}},
     "I-JEPA": {"target_encoder": WEIGHTS, "encoder": WEIGHTS, "opt": OPTIMIZER, "epoch": 300, "loss": 0.1},
     "data2vec": {"model": WEIGHTS, "optimizer": OPTIMIZER, "scaler": {}, "args": args()},
-    "data2vec 2.0 (fairseq)": {"args": None, "cfg": omegaconf(), "model": WEIGHTS, "last_optimizer_state": OPTIMIZER},
+    "data2vec 2.0 (fairseq)": {"args": None, "cfg": {"model": {"depth": 12}}, "model": WEIGHTS},
     "SimMIM": {"model": WEIGHTS, "config": CfgNode(depth=12), "max_accuracy": 0.0},
     "Franca": {"teacher": WEIGHTS},
 }
@@ -142,7 +142,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def real_classes() -> list[Any]:
-    """What a careful caller would call safe."""
+    """What a careful caller would call safe, of Python and numpy."""
     scalar, array = (value.__reduce__()[0] for value in (np.float64(1), np.zeros(1)))
     safe: list[Any] = [argparse.Namespace, scalar, array, np.dtype, np.ndarray, OrderedDict]
     safe += [type(np.dtype(kind)) for kind in ("f8", "f4", "i8")]
