@@ -17,7 +17,7 @@ from timm.models import save_for_hf
 
 from vitprobe.cli.group import main
 from vitprobe.errors import UserError
-from vitprobe.models import hub
+from vitprobe.models import downloads
 from vitprobe.models.identity import weights_sha256
 from vitprobe.models.loading import load_model, require_loadable
 
@@ -45,7 +45,7 @@ def no_network(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hub, "why_no_answer", lambda address: "no network in tests")
+    monkeypatch.setattr(downloads, "why_no_answer", lambda address: "no network in tests")
     monkeypatch.chdir(tmp_path)
 
 

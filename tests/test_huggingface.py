@@ -24,11 +24,11 @@ from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks import transformers_kernels
 from vitprobe.hooks.capture import capture
 from vitprobe.hooks.transformers_kernels import _bias
-from vitprobe.models import hub, huggingface
+from vitprobe.models import downloads, transformers_models
 from vitprobe.models.anatomy.find import find_anatomy
-from vitprobe.models.huggingface_images import _share
 from vitprobe.models.identity import weights_sha256
 from vitprobe.models.loading import load_model, require_loadable
+from vitprobe.models.transformers_images import _share
 
 transformers = pytest.importorskip("transformers")
 
@@ -391,7 +391,7 @@ def empty_cache(tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hub, "why_no_answer", lambda address: "no network in tests")
+    monkeypatch.setattr(downloads, "why_no_answer", lambda address: "no network in tests")
 
 
 COMMIT = "0" * 40
@@ -477,7 +477,7 @@ def test_names_of_older_versions():
     with torch.device("meta"):
         outline = transformers.ViTModel(module.config)
     state = {f"vit.{name}": value for name, value in old.items()} | {"classifier.weight": torch.zeros(2, 2)}
-    filled = huggingface._filled(outline, state, "it")
+    filled = transformers_models._filled(outline, state, "it")
     assert weights_sha256(filled) == weights_sha256(module)
 
 
@@ -538,7 +538,7 @@ def test_random_weights_and_weights_from_a_file(publish, tmp_path):
     spec = load_model("hf:someone/small", pretrained=False).spec
     assert (spec.name, spec.paradigm, spec.source) == ("small-random", "random", "random")
     file = tmp_path / "mine.safetensors"
-    for options in ({"name": "hf:someone/small", "checkpoint": file}, {"name": file, "arch": "hf:someone/small"}):
+    for options in ({"model": "hf:someone/small", "checkpoint": file}, {"model": file, "arch": "hf:someone/small"}):
         loaded = load_model(**options)
         assert weights_sha256(loaded.module) == weights_sha256(module)
         assert (loaded.spec.name, loaded.spec.source) == ("mine", "file:mine.safetensors")

@@ -19,7 +19,7 @@ from torch import nn
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
 from vitprobe.layout import TokenLayout
-from vitprobe.models import from_hub, hub, loading
+from vitprobe.models import downloads, loading, timm_models
 from vitprobe.models.building import architecture_of, build, spec_of
 from vitprobe.models.identity import weights_sha256
 from vitprobe.models.loaded import LoadedModel
@@ -34,7 +34,7 @@ def no_network(monkeypatch, tmp_path):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(hub, "why_no_answer", lambda address: "no network in tests")
+    monkeypatch.setattr(downloads, "why_no_answer", lambda address: "no network in tests")
 
 
 def nano(seed: int = 0, **options) -> VisionTransformer:
@@ -165,7 +165,7 @@ def test_a_timm_model_with_random_weights():
 def test_a_timm_model_that_is_not_in_the_registry(tmp_path, monkeypatch):
     state = timm.create_model("vit_tiny_patch16_384", img_size=384).state_dict()
     save_file(state, tmp_path / "model.safetensors")
-    monkeypatch.setattr(from_hub, "fetch_from_hub", lambda repository, files: tmp_path / "model.safetensors")
+    monkeypatch.setattr(timm_models, "fetch_from_hub", lambda repository, files: tmp_path / "model.safetensors")
     model = load_model("vit_tiny_patch16_384", img_size=64)
     assert model.spec.source == "timm:vit_tiny_patch16_384.augreg_in21k_ft_in1k"
     assert (model.spec.paradigm, model.spec.licence) == ("unknown", "apache-2.0")
@@ -183,7 +183,7 @@ def test_a_timm_model_from_a_plain_address(tmp_path, monkeypatch):
     encoder = {f"module.{name}": tensor for name, tensor in module.state_dict().items()}
     target = {name: torch.zeros_like(tensor) for name, tensor in encoder.items()}
     torch.save({"target_encoder": target, "encoder": encoder, "epoch": 1}, tmp_path / "weights.pth")
-    monkeypatch.setattr(from_hub, "fetch_from_address", lambda address, name: tmp_path / "weights.pth")
+    monkeypatch.setattr(timm_models, "fetch_from_address", lambda address, name: tmp_path / "weights.pth")
     model = load_model("vit_tiny_patch16_224.augreg_in21k")
     assert weights_sha256(model.module) == weights_sha256(module)
 
@@ -358,27 +358,27 @@ def test_image_sizes_of_another_kind(size):
 def test_what_can_be_known_without_the_weights(file, tmp_path):
     """Each refusal is that of `load_model`, word for word."""
     for options in (
-        {"name": "mae_vitb"},
-        {"name": "mae_vit_b"},
-        {"name": "ijepa_vit_h"},
-        {"name": "vit_tiny_patch16_384"},
-        {"name": "vit_base_patch16_xp_224"},
-        {"name": "vit_nano_patch4_32"},
-        {"name": "hf-hub:owner/absent"},
-        {"name": "resnet50"},
-        {"name": "none.pth", "arch": "mae_vit_b"},
-        {"name": "mae_vit_nano", "checkpoint": tmp_path / "none.pth"},
-        {"name": "mae_vit_nano", "checkpoint": tmp_path},
-        {"name": file},
-        {"name": file, "arch": "mae_vit_q"},
-        {"name": "mae_vit_nano", "img_size": 33},
-        {"name": "mae_vit_b", "img_size": 225},
-        {"name": "mae_vit_b", "img_size": 0},
-        {"name": "mae_vit_nano", "checkpoint": file, "img_size": -4},
+        {"model": "mae_vitb"},
+        {"model": "mae_vit_b"},
+        {"model": "ijepa_vit_h"},
+        {"model": "vit_tiny_patch16_384"},
+        {"model": "vit_base_patch16_xp_224"},
+        {"model": "vit_nano_patch4_32"},
+        {"model": "hf-hub:owner/absent"},
+        {"model": "resnet50"},
+        {"model": "none.pth", "arch": "mae_vit_b"},
+        {"model": "mae_vit_nano", "checkpoint": tmp_path / "none.pth"},
+        {"model": "mae_vit_nano", "checkpoint": tmp_path},
+        {"model": file},
+        {"model": file, "arch": "mae_vit_q"},
+        {"model": "mae_vit_nano", "img_size": 33},
+        {"model": "mae_vit_b", "img_size": 225},
+        {"model": "mae_vit_b", "img_size": 0},
+        {"model": "mae_vit_nano", "checkpoint": file, "img_size": -4},
     ):
         with pytest.raises(UserError) as caught:
             require_loadable(**options)
-        name = options.pop("name")
+        name = options.pop("model")
         assert str(caught.value) == refusal(name, **options)
 
 
@@ -386,7 +386,7 @@ def test_what_can_be_loaded_as_far_as_one_can_know(file, monkeypatch):
     require_loadable("mae_vit_nano", img_size=64)
     require_loadable(file, arch="mae_vit_nano")
     require_loadable("mae_vit_nano", checkpoint=file)
-    monkeypatch.setattr(hub, "why_no_answer", lambda address: "")
+    monkeypatch.setattr(downloads, "why_no_answer", lambda address: "")
     for name in ("mae_vit_b", "ijepa_vit_h", "vit_tiny_patch16_384"):
         require_loadable(name)
 

@@ -17,14 +17,13 @@ from official_layouts import save, synthesise
 from official_reference import beit, capi, data2vec2, franca, mae_ft, vit
 from vitprobe.hooks.capture import capture
 from vitprobe.models.building import outline
+from vitprobe.models.caches import address_path
 from vitprobe.models.checkpoints import load_into
 from vitprobe.models.entries import ADDRESSES, BUNDLED_CLASSES, NORMALISATIONS
-from vitprobe.models.hub import address_path
 from vitprobe.models.loading import load_model, require_loadable
-from vitprobe.models.official.architectures import create_official
-from vitprobe.models.official.checks import require_layout
-from vitprobe.models.official.converters import CONVERTERS
-from vitprobe.models.official.entries import LAYOUTS, OFFICIAL, find_official
+from vitprobe.models.official.building import create_official
+from vitprobe.models.official.entries import OFFICIAL, find_official
+from vitprobe.models.official.layouts import LAYOUTS
 from vitprobe.models.registry import all_specs, find_spec
 
 # Loaded here from synthesised checkpoints, and the bundled ones (test_loading); all others need the network.
@@ -86,7 +85,8 @@ def test_entries_are_well_formed():
             assert "by hand" in spec.notes or "no public source" in spec.notes
         assert entry.address.startswith("https://") or not entry.address
     assert find_official("mae_vit_b") is None
-    assert set(LAYOUTS) == set(CONVERTERS) == {entry.layout for entry in OFFICIAL.values()}
+    assert set(LAYOUTS) == {entry.layout for entry in OFFICIAL.values()}
+    assert len({layout.words for layout in LAYOUTS.values()}) == len(LAYOUTS)
 
 
 def test_no_two_checkpoints_share_a_file_in_the_cache():
@@ -101,8 +101,8 @@ def test_an_entry_fits_its_full_official_shape(name):
     """Names and shapes at full size, without memory: converter, checks and load on the meta device."""
     entry = OFFICIAL[name]
     official = synthesise(name, entry.arguments, device="meta")
-    state = CONVERTERS[entry.layout](dict(official))
-    require_layout(entry, state, "it")
+    state = LAYOUTS[entry.layout].convert(dict(official))
+    LAYOUTS[entry.layout].check(entry, state, "it")
     module = outline(name, num_classes=1000 if "head.weight" in state else 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # there is nothing to copy
@@ -191,7 +191,7 @@ def test_the_re_statement_notices_other_heads(name, monkeypatch):
 def test_maskfeat_with_one_projection_is_the_same(tmp_path, monkeypatch):
     sizes = shrink(monkeypatch, "maskfeat_vit_b")
     state = synthesise("maskfeat_vit_b", sizes)
-    fused = CONVERTERS["maskfeat"](state)
+    fused = LAYOUTS["maskfeat"].convert(state)
     apart = load_model("maskfeat_vit_b", checkpoint=save(tmp_path / "apart.pth", "maskfeat_vit_b", state))
     together = load_model("maskfeat_vit_b", checkpoint=save(tmp_path / "fused.pth", "maskfeat_vit_b", fused))
     assert not any(".attn.q." in key for key in fused)

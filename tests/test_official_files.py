@@ -18,12 +18,13 @@ from torch import Tensor
 from helpers import message
 from official_layouts import save, synthesise
 from vitprobe.errors import UserError
-from vitprobe.models import hub
+from vitprobe.models import downloads
 from vitprobe.models.building import outline
-from vitprobe.models.hub import address_path, fetch_from_address, require_weights
+from vitprobe.models.caches import address_path
+from vitprobe.models.downloads import fetch_from_address, require_weights
 from vitprobe.models.loading import load_model, require_loadable
-from vitprobe.models.official.checks import require_heads
 from vitprobe.models.official.entries import OFFICIAL
+from vitprobe.models.official.moco_v3 import require_heads
 from vitprobe.models.registry import find_spec, list_models, status
 
 TINY = {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 3, "img_size": 32}
@@ -251,7 +252,7 @@ def test_another_file_than_published_does_not_stay(server, monkeypatch):
     found = hashlib.md5(path.read_bytes()).hexdigest()[:6]
     assert refusal("mocov3_vit_b") == (
         f"what {server.address}/it.pth.tar gave is not the file of mocov3_vit_b: its digest is md5:{found}, published "
-        f"is md5:000000; try again, or {hub.WAY_OUT}"
+        f"is md5:000000; try again, or {downloads.WAY_OUT}"
     )
     assert cache() == []
 

@@ -11,10 +11,12 @@ import timm
 import torch
 
 from vitprobe.errors import UserError
-from vitprobe.models import hub
-from vitprobe.models.entries import ADDRESSES, BUNDLED_ARCHITECTURES, BUNDLED_CLASSES, NORMALISATIONS, PARADIGMS
-from vitprobe.models.hub import address_path, hub_repository
+from vitprobe.models import caches
+from vitprobe.models.caches import address_path
+from vitprobe.models.entries import ADDRESSES, BUNDLED_ARCHITECTURES, BUNDLED_CLASSES, NORMALISATIONS
+from vitprobe.models.paradigms import PARADIGMS
 from vitprobe.models.registry import COLUMNS, all_specs, find_spec, list_models, nearest, status
+from vitprobe.models.repositories import hub_repository
 
 TIMM = [spec for spec in all_specs() if spec.source.startswith("timm:")]
 BUNDLED = [spec for spec in all_specs() if spec.source.startswith("bundled:")]
@@ -132,7 +134,7 @@ def test_list_models_filters_by_paradigm():
     with pytest.raises(UserError) as caught:
         list_models(paradigm="SSL")
     assert str(caught.value) == (
-        "unknown paradigm 'SSL': use one of MIM, JEA, hybrid, supervised, VLM, random, unknown"
+        "unknown paradigm 'SSL': use one of MIM, JEA, hybrid, supervised, VLM, other, random, unknown"
     )
 
 
@@ -165,7 +167,7 @@ def test_hub_repository():
     assert hub_repository("bundled:mae_vit_nano") is None
     assert hub_repository("random") is None
     with pytest.raises(UserError, match=r"^'!!' is no repository of the Hugging Face hub: write owner/name$"):
-        hub.cached_weights("!!")
+        caches.cached_weights("!!")
 
 
 def test_listing_needs_neither_torch_nor_timm():

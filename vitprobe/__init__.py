@@ -24,6 +24,7 @@ _HOME = {
     "list_models": "vitprobe.models.registry",
     "load_model": "vitprobe.models.loading",
     "load_probe": "vitprobe.probing.saved",
+    "models": None,
     "open_images": "vitprobe.data.sources",
     "probing": None,
     "statistics": None,
@@ -44,6 +45,7 @@ __all__ = [
     "list_models",
     "load_model",
     "load_probe",
+    "models",
     "open_images",
     "probing",
     "statistics",
@@ -51,7 +53,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from vitprobe import aggregation, figures, probing, statistics
+    from vitprobe import aggregation, figures, models, probing, statistics
     from vitprobe.data.sources import open_images
     from vitprobe.errors import UserError
     from vitprobe.hooks.capture import capture

@@ -10,7 +10,7 @@ from vitprobe.errors import UserError
 
 @click.command("models", short_help="List the models that have an alias.")
 @click.argument("words", nargs=-1)
-@click.option("--paradigm", metavar="NAME", help="Only MIM, JEA, hybrid, supervised or VLM.")
+@click.option("--paradigm", metavar="NAME", help="Only MIM, JEA, hybrid, supervised, VLM, or other.")
 def command(words: tuple[str, ...], paradigm: str | None) -> None:
     """List the models that have an alias (any timm name works too); WORDS filter them."""
     from vitprobe.models.registry import list_models

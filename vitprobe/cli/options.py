@@ -99,10 +99,17 @@ def which_models(command: Callable) -> Callable:
     for option in (
         click.option(
             "--paradigm",
+            type=SomeText(),
             metavar="P",
-            help="The model's place on the paper's axis: MIM, JEA, hybrid, supervised, VLM.  [what is known of it]",
+            help="How one --model was trained: MIM, JEA, hybrid, supervised, VLM, other, or random.  [if known, the "
+            "registry's]",
         ),
-        click.option("--name", type=SomeText(), metavar="NAME", help="What figures call the model.  [its own name]"),
+        click.option(
+            "--name",
+            type=SomeText(),
+            metavar="NAME",
+            help="What tables and figures call one --model.  [its alias, or its file's name]",
+        ),
         click.option(
             "--weights-key",
             metavar="KEY",

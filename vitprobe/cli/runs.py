@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vitprobe.errors import UserError
+from vitprobe.models.paradigms import find_paradigm
 from vitprobe.runs.torchrun import launched, rank
 
 if TYPE_CHECKING:
@@ -48,9 +49,14 @@ class Loading:
             raise UserError("--arch says what a --checkpoint is; give --checkpoint FILE too, or --model NAME instead")
         if self.checkpoint is None and self.weights_key is not None:
             raise UserError("--weights-key chooses among the weights of a --checkpoint; give --checkpoint FILE too")
+        if self.paradigm is not None:
+            object.__setattr__(self, "paradigm", find_paradigm(self.paradigm))
         for option in ("name", "paradigm"):
             if getattr(self, option) is not None and len(self.wanted) > 1:
-                raise UserError(f"--{option} is of one model: give one --model or --checkpoint too")
+                raise UserError(
+                    f"--{option} is for one model, and here are {len(self.wanted)} ({', '.join(self.wanted)}); run the "
+                    f"command once for each"
+                )
 
     @property
     def wanted(self) -> list[str]:
@@ -165,7 +171,7 @@ def _run(body: Body, loading: Loading, folders: list[Path], options: dict[str, A
 
 def _require_weights(loading: Loading) -> None:
     """Asks for weights that are not here before torch is imported: a missing network should cost seconds."""
-    from vitprobe.models.hub import require_weights
+    from vitprobe.models.downloads import require_weights
     from vitprobe.models.registry import find_spec
 
     if loading.arguments["checkpoint"] is None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitprobe.hooks.handover import hand_over
-from vitprobe.models.anatomy.huggingface_vit import from_transformers
+from vitprobe.models.anatomy.transformers_vit import from_transformers
 
 # What changes the weights beyond scale and mask: a call with any of these is not handed over, so the capture says that
 # it saw no attention.

@@ -16,7 +16,7 @@ from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.anatomy.unsupported import ISOTROPIC
 from vitprobe.models.configs import describe_images
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, NORMALISATIONS, ModelSpec
-from vitprobe.models.official.architectures import create_official
+from vitprobe.models.official.building import create_official
 from vitprobe.models.official.entries import OFFICIAL
 from vitprobe.models.registry import all_specs, find_spec, nearest
 
@@ -24,8 +24,8 @@ ImageSize = int | tuple[int, int] | None
 
 
 def architecture_of(name: str) -> str:
-    """What to build for a name: timm's name with its tag where one is given, a bundled architecture, or the alias of
-    an official checkpoint.
+    """Return what to build for a name: timm's name, with its tag where one is given, a bundled architecture, or the
+    alias of an official checkpoint.
 
     Args:
         name: an alias, a bundled architecture, or a timm name with or without tag.
@@ -58,7 +58,7 @@ def _with_weights() -> list[str]:
 
 
 def outline(architecture: str, *, img_size: ImageSize = None, **options: Any) -> nn.Module:
-    """The architecture on the meta device: names and shapes without memory, so that a mistake shows before a download.
+    """Build an architecture on the meta device: names and shapes without memory, to find mistakes before a download.
 
     Args and Raises: as `build`.
     """
@@ -70,7 +70,7 @@ def outline(architecture: str, *, img_size: ImageSize = None, **options: Any) ->
 
 
 def build(architecture: str, *, img_size: ImageSize = None, **options: Any) -> nn.Module:
-    """A Vision Transformer with random weights.
+    """Build a Vision Transformer with random weights.
 
     Args:
         architecture: from `architecture_of`.
@@ -107,7 +107,7 @@ def _create_bundled(
 
 
 def pair(img_size: Any) -> tuple[int, int]:
-    """Height and width of an image size, a side or (height, width).
+    """Return height and width of an image size, a side or (height, width).
 
     Raises:
         UserError: for anything that is not whole numbers of pixels.
@@ -119,10 +119,10 @@ def pair(img_size: Any) -> tuple[int, int]:
 
 
 def require_size(anatomy: Anatomy, img_size: tuple[int, int] | None, name: str) -> None:
-    """Returns where whole patches tile an image of `img_size` (height, width).
+    """Raise `UserError` unless whole patches tile an image of `img_size` (height, width).
 
     Raises:
-        UserError: where they do not; says which sizes the model takes.
+        UserError: says which sizes the model takes.
     """
     if img_size is None:
         return
@@ -141,7 +141,7 @@ def require_size(anatomy: Anatomy, img_size: tuple[int, int] | None, name: str) 
 
 
 def spec_of(module: nn.Module | Sequence[nn.Module], name: str, source: str) -> ModelSpec:
-    """A spec for a model that is not in the registry, as far as timm's config of it tells.
+    """Return a spec for a model that is not in the registry, as far as timm's config of it tells.
 
     The config says what was built, not which weights are in it: timm gives it to models with random weights too, and
     weights are trained further. So the method and the paradigm are unknown, whatever weights it names.

@@ -12,7 +12,7 @@ from vitprobe.models.entries import NORMALISATIONS
 def describe_images(
     module: nn.Module, architecture: str, normalisation: str, *, crop_pct: float, num_classes: int
 ) -> None:
-    """Gives a model that timm did not create the `pretrained_cfg` that its images follow from.
+    """Give a model that timm did not create the `pretrained_cfg` that its images follow from.
 
     Args:
         module: the model; its image size is read from its patch embedding.

@@ -5,16 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-PARADIGMS = {
-    "MIM": "masked image modelling: predicts the patches that were hidden",
-    "JEA": "joint-embedding architecture: agrees with another view of the image",
-    "hybrid": "joint embedding and masked image modelling together",
-    "supervised": "trained with class labels",
-    "VLM": "trained with images and texts",
-    "random": "untrained weights",
-    "unknown": "not in the registry",
-}
-
 # Mean and standard deviation of each channel, pixels in 0..1.
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -32,12 +22,12 @@ class ModelSpec:
     Attributes:
         name: what the user types, `<method>_vit_<size>` and a suffix where needed.
         method: how it was trained.
-        paradigm: a key of `PARADIGMS`.
+        paradigm: a key of `paradigms.PARADIGMS`.
         architecture: timm's name without tag, with words on what differs from it, or a bundled architecture.
         source: where the weights come from: "timm:<architecture>.<tag>", "bundled:<name>", "official:<name>",
             "hf-hub:<repository>", "file:<name>", "module", "random", or "seed:<n>" for random weights that are always
             the same.
-        normalisation: a key of `NORMALISATIONS`, or "other".
+        normalisation: a key of `NORMALISATIONS`, "none", or "other".
         licence: of the weights ("" where not known).
         citation: the paper ("" where not known).
         notes: what else to know.

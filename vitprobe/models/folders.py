@@ -8,16 +8,14 @@ from pathlib import Path
 import timm
 
 from vitprobe.errors import UserError
-from vitprobe.models.hub import what_in
-from vitprobe.models.huggingface import PREFIX
 from vitprobe.models.registry import find_spec
+from vitprobe.models.repositories import TIMMS, TRANSFORMERS, what_in
 
-PREFIXES = ("hf-hub:", "hf_hub:")  # of timm's repositories
 _TIMMS_OWN = "local-dir:"
 
 
 def in_folder(name: str | Path) -> str | Path:
-    """The name under which a folder's model is loaded, "hf:DIR" or "hf-hub:DIR"; any other name as it is.
+    """Return the name under which a folder's model is loaded, "hf:DIR" or "hf-hub:DIR"; any other name unchanged.
 
     A folder that is called like a known model does not hide it.
 
@@ -30,7 +28,7 @@ def in_folder(name: str | Path) -> str | Path:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}")
     elif isinstance(name, str) and (
-        name.startswith((*PREFIXES, PREFIX)) or find_spec(name) or timm.is_model(name.partition(".")[0])
+        name.startswith((*TIMMS, TRANSFORMERS)) or find_spec(name) or timm.is_model(name.partition(".")[0])
     ):
         return name
     else:
@@ -42,7 +40,7 @@ def in_folder(name: str | Path) -> str | Path:
         if not isinstance(name, Path) and "/" not in text and text not in (".", ".."):
             return name  # a word that may be a model's
         raise UserError(f"the folder {folder} holds no config.json: {what_in(folder)}")
-    return (PREFIXES[0] if _is_timms(folder / "config.json") else PREFIX) + path
+    return (TIMMS[0] if _is_timms(folder / "config.json") else TRANSFORMERS) + path
 
 
 def _is_timms(path: Path) -> bool:

@@ -22,7 +22,8 @@ from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.building import ImageSize
 from vitprobe.models.entries import ModelSpec
 from vitprobe.models.identity import plain_parts
-from vitprobe.models.known import remember
+from vitprobe.models.normalization import Normalization
+from vitprobe.models.remembered import remember
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class LoadedModel:
         anatomy: where it keeps its blocks and takes its images.
         remarks: lines that a user must read about how the model was taken: a default that was assumed, which of
             several sets of weights was loaded. A run prints them first and keeps them in its manifest.
+        normalization: mean and standard deviation of its images by the user's word; None for what the model states.
     """
 
     module: nn.Module
@@ -45,6 +47,7 @@ class LoadedModel:
     spec: ModelSpec
     anatomy: Anatomy
     remarks: tuple[str, ...] = ()
+    normalization: Normalization | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass."""
@@ -52,7 +55,7 @@ class LoadedModel:
 
 
 def finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Anatomy | None = None) -> LoadedModel:
-    """A module with what belongs to it.
+    """Return a module with what belongs to it.
 
     Args:
         module: the model.
@@ -72,8 +75,18 @@ def finish(module: nn.Module, spec: ModelSpec, img_size: ImageSize, anatomy: Ana
     transform = _transform(anatomy, "model", img_size or anatomy.image_size)
     anatomy = _measured(anatomy, transform.size)
     layout = anatomy.layout(transform.size)
+    return LoadedModel(module, layout, transform, spec, anatomy, _remarks(anatomy, layout, transform))
+
+
+def _remarks(anatomy: Anatomy, layout: TokenLayout, transform: ImageTransform) -> tuple[str, ...]:
     order = (f"its tokens stand in an order of their own: {layout}",) if layout.positions else ()
-    return LoadedModel(module, layout, transform, spec, anatomy, (*anatomy.remarks, *order, *transform.remarks))
+    return (*anatomy.remarks, *order, *transform.remarks)
+
+
+def remarks_on_weights(model: LoadedModel) -> tuple[str, ...]:
+    """Return the remarks on where a model's weights come from, which hold for any image size and layout."""
+    others = _remarks(model.anatomy, model.layout, model.transform)
+    return tuple(line for line in model.remarks if line not in others)
 
 
 def with_transform(
@@ -83,7 +96,7 @@ def with_transform(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> LoadedModel:
-    """The model with another transform, and with the remarks that belong to it.
+    """Return the model with another transform, and with the remarks that belong to it.
 
     Args:
         model: the model.
@@ -92,13 +105,13 @@ def with_transform(
         mean: of each channel, where the user gives it.
         std: the same.
     """
-    transform = _transform(model.anatomy, mode, img_size, mean, std)
+    transform = _transform(model.anatomy, mode, img_size, mean, std, model.normalization)
     bare = replace(without_transform(model), layout=model.anatomy.layout(transform.size), transform=transform)
     return with_remarks(bare, transform.remarks)
 
 
 def without_transform(model: LoadedModel) -> LoadedModel:
-    """The model without remarks on its transform, which images that come as tensors do not pass."""
+    """Return the model without remarks on its transform, which images that come as tensors do not pass."""
     return replace(model, remarks=tuple(line for line in model.remarks if line not in model.transform.remarks))
 
 
@@ -108,8 +121,11 @@ def _transform(
     img_size: ImageSize,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    normalization: Normalization | None = None,
 ) -> ImageTransform:
     transform = model_transform(anatomy.lineage or anatomy.module, mode, img_size, anatomy.normalizer)
+    if normalization is not None and mode == "model":
+        transform = normalization.apply(transform, anatomy.channels)
     return transform.for_channels(anatomy.channels, mean, std)
 
 
@@ -123,7 +139,7 @@ def _measured(anatomy: Anatomy, size: tuple[int, int]) -> Anatomy:
 
 
 def with_remarks(model: LoadedModel, remarks: Iterable[str]) -> LoadedModel:
-    """The model with more remarks, after those that it has."""
+    """Return the model with more remarks, after those that it has."""
     return replace(model, remarks=(*model.remarks, *remarks))
 
 
@@ -150,7 +166,7 @@ def _require_finite(module: nn.Module, name: str) -> None:
 
 
 def random_spec(spec: ModelSpec) -> ModelSpec:
-    """The spec of the same architecture with random weights."""
+    """Return the spec of the same architecture with random weights."""
     return replace(
         spec,
         name=f"{spec.name}-random",

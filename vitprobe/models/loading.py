@@ -1,4 +1,4 @@
-"""From a name, a file or a module to a model that is ready to be probed."""
+"""`load_model`: from a name, a file or a module to a model that is ready to be probed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
 from vitprobe.errors import UserError
 from vitprobe.layout import TokenLayout
-from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.building import ImageSize, architecture_of, build, outline, pair, require_size, spec_of
 from vitprobe.models.checkpoints import (
@@ -23,34 +21,30 @@ from vitprobe.models.checkpoints import (
     load_into,
     open_checkpoint,
     read_checkpoint,
-    require_file,
 )
+from vitprobe.models.describing import check_name, described, normalized
+from vitprobe.models.downloads import fetch_official, require_official
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, BUNDLED_CLASSES, ModelSpec
-from vitprobe.models.folders import PREFIXES, in_folder
-from vitprobe.models.from_hub import (
-    load_from_hub,
-    load_from_timm,
-    load_from_transformers,
-    require_repository,
-    require_timm,
-)
-from vitprobe.models.hub import fetch_official, names_one_of_the_hub, require_official
-from vitprobe.models.huggingface import PREFIX, require_huggingface
-from vitprobe.models.huggingface_images import describe_preprocessing
-from vitprobe.models.known import recall
-from vitprobe.models.loaded import LoadedModel, finish, random_spec, with_remarks
-from vitprobe.models.official.checks import require_heads
+from vitprobe.models.loaded import LoadedModel, finish, random_spec, remarks_on_weights, with_remarks
+from vitprobe.models.normalization import find_normalization
 from vitprobe.models.official.entries import OfficialCheckpoint, find_official
-from vitprobe.models.official.weights import load_official
+from vitprobe.models.official.loading import load_official
+from vitprobe.models.official.moco_v3 import require_heads
+from vitprobe.models.paradigms import find_paradigm
+from vitprobe.models.registered import Registration
 from vitprobe.models.registry import find_spec
-from vitprobe.models.shards import INDEX
+from vitprobe.models.remembered import recall
+from vitprobe.models.repositories import TIMMS, TRANSFORMERS
+from vitprobe.models.requested import Request, resolve
+from vitprobe.models.timm_models import load_from_timm, load_repository, require_repository, require_timm
+from vitprobe.models.transformers_images import describe_preprocessing
+from vitprobe.models.transformers_models import load_from_transformers, require_image_tower
 
 BUNDLED_FOLDER = Path(__file__).parent / "bundled"
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pyth", ".npz", INDEX)
 
 
 def load_model(
-    name: str | Path | nn.Module | LoadedModel,
+    model: str | Path | nn.Module | LoadedModel,
     *,
     checkpoint: str | Path | None = None,
     arch: str | None = None,
@@ -59,25 +53,38 @@ def load_model(
     pretrained: bool = True,
     layout: TokenLayout | None = None,
     blocks: Sequence[nn.Module] | None = None,
+    name: str | None = None,
+    paradigm: str | None = None,
+    normalization: str | Sequence[Any] | None = None,
 ) -> LoadedModel:
-    """A model ready to be probed.
+    """Load a model, ready to be probed.
 
     Args:
-        name: an alias ("mae_vit_b"; `list_models` has them), any timm name with or without tag, a repository of the
-            Hugging Face hub ("hf:owner/name" for transformers, "hf-hub:owner/name" for timm), a folder that either
-            wrote ("DIR", "hf:DIR"), a checkpoint file or the index of several (with `arch`), an `nn.Module` (in its own
-            mode; of one of images and texts, or with a head of transformers around it, the image tower; a model that
-            holds a Vision Transformer at any depth is run as a whole where it takes images alone), or a LoadedModel
-            (returned).
-        checkpoint: a file whose weights to take instead of downloading the named model's.
-        arch: the architecture of the weights in a file: an alias or a timm name.
+        model: an alias ("mae_vit_b"; `list_models` has them, `vitprobe.models.register` adds to them), any timm name
+            with or without tag, a repository of the Hugging Face hub ("hf:owner/name" for transformers,
+            "hf-hub:owner/name" for timm), a folder that either wrote ("DIR", "hf:DIR"), a checkpoint file or the index
+            of several (with `arch`), an `nn.Module` (in its own mode; of one of images and texts, or with a head of
+            transformers around it, the image tower; a model that holds a Vision Transformer at any depth is run as a
+            whole where it takes images alone), or a LoadedModel.
+        checkpoint: a file whose weights to take instead of downloading the named model's. Default: the model's own.
+        arch: the architecture of the weights in a file: an alias or a timm name. Default None: `model` says it.
         weights_key: of a file with several sets of weights the one to take, such as "state_dict" or
-            "teacher.backbone"; without it the averaged or teacher's set, which a remark of the model names.
-        img_size: pixels of the input, a side or (height, width); position embeddings are resampled to it.
-        pretrained: False for random weights (from torch's global seed).
-        layout: of a module, which token is what, where that is not found; its grid times its patch size is the
-            model's image size.
-        blocks: of a module, its transformer blocks in the order in which they run, where they are not found.
+            "teacher.backbone". Default None: the averaged or teacher's set, which a remark of the model names.
+        img_size: pixels of the input, a side or (height, width); position embeddings are resampled to it. Default
+            None: the model's own.
+        pretrained: False for random weights (from torch's global seed). Default True.
+        layout: of a module, which token is what; its grid times its patch size is the model's image size. Default
+            None: it is found.
+        blocks: of a module, its transformer blocks in the order in which they run. Default None: they are found.
+        name: what tables and figures call the model. Default None: its alias, its file's name, or its architecture.
+        paradigm: how it was trained, which places it in the paper's comparison: "MIM", "JEA", "hybrid", "supervised",
+            "VLM", "other", or "random". Default None: what the registry knows, else "unknown".
+        normalization: mean and standard deviation of its images: "imagenet", "inception", "clip", "satellite",
+            "cifar10", "none" (pixels from 0 to 1), or a pair `(mean, std)` of numbers in 0..1, one for all channels or
+            one for each. Default None: what the model states, else ImageNet's, which a remark of the model says.
+
+    Returns:
+        The module with its token layout, its image transform, and what is known of it.
 
     Raises:
         UserError: for an unknown name, weights that cannot be had, read or fitted, or that hold NaN or infinity, an
@@ -85,140 +92,98 @@ def load_model(
         AttentionNotSeenError: for a model whose attention cannot be captured.
 
     Example:
-        >>> model = load_model("mae_vit_nano")
-        >>> model.spec.paradigm, model.transform.size
-        ('MIM', (32, 32))
-        >>> print(model.layout)
-        1 prefix + 8x8 patches
+        >>> import vitprobe as vp
+        >>> model = vp.load_model("mae_vit_nano", name="ours", paradigm="MIM")
+        >>> model.spec.name, model.spec.paradigm, str(model.layout)
+        ('ours', 'MIM', '1 prefix + 8x8 patches')
     """
     if img_size is not None:
         pair(img_size)
-    if isinstance(name, LoadedModel | nn.Module):
+    said = {"name": check_name(name), "paradigm": None if paradigm is None else find_paradigm(paradigm)}
+    values = None if normalization is None else find_normalization(normalization)
+    if isinstance(model, LoadedModel | nn.Module):
         if checkpoint is not None or arch is not None or not pretrained:
             raise UserError("checkpoint, arch and pretrained are for models by name: this one is built already")
         if weights_key is not None:
             raise UserError("weights_key is for a checkpoint file: this model is built already")
-        return _wrap(name, img_size, layout, blocks)
-    if layout is not None or blocks is not None:
-        raise UserError("layout and blocks are for a module of your own: of a model by name they are known")
-    name, path, arch = _sort_out(name, checkpoint, arch, weights_key, pretrained)
-    if (arch or name).startswith(PREFIX):
-        return load_from_transformers(arch or name, path, img_size, pretrained, weights_key)
-    if path is not None:
-        # "This alias, from this file" says what the weights are; --arch says only how they are laid out.
-        return _load_file(path, arch or name, None if arch else find_spec(name), img_size, weights_key)
-    if name.startswith(PREFIXES):
-        return load_from_hub(name.partition(":")[2], img_size, pretrained)
-    if entry := find_official(name):
-        return _load_official(entry, img_size, pretrained)
-    architecture = architecture_of(name)
-    if architecture in BUNDLED_ARCHITECTURES:
-        return _load_bundled(name, architecture, img_size, pretrained)
-    return load_from_timm(name, architecture, img_size, pretrained)
+        loaded = _wrap(model, img_size, layout, blocks)
+    else:
+        if layout is not None or blocks is not None:
+            raise UserError("layout and blocks are for a module of your own: of a model by name they are known")
+        request = resolve(model, checkpoint, arch, weights_key, pretrained)
+        loaded = _load(request, img_size, weights_key, pretrained)
+        if request.registration is not None:
+            loaded = _as_registered(loaded, request.registration, img_size, pretrained)
+    return normalized(described(loaded, **said), values)
 
 
 def require_loadable(
-    name: str | Path,
+    model: str | Path,
     *,
     checkpoint: str | Path | None = None,
     arch: str | None = None,
     weights_key: str | None = None,
     img_size: ImageSize = None,
+    name: str | None = None,
+    paradigm: str | None = None,
+    normalization: str | Sequence[Any] | None = None,
 ) -> None:
-    """Returns where nothing that can be known without the weights keeps `load_model` from loading a model.
+    """Raise the error of `load_model` for all that can be known without the weights.
 
     Args and Raises: as `load_model`. Weights that are not here are not downloaded, but asked for: their place answers.
     """
     if img_size is not None:
         pair(img_size)
-    name, path, arch = _sort_out(name, checkpoint, arch, weights_key, pretrained=True)
-    if (arch or name).startswith(PREFIX):
-        require_huggingface((arch or name).removeprefix(PREFIX), img_size=img_size, weights=path)
-    elif path is not None:
-        outline(architecture_of(arch or name), img_size=img_size, num_classes=0)
-    elif name.startswith(PREFIXES):
-        require_repository(name.partition(":")[2], img_size)
-    elif entry := find_official(name):
+    check_name(name)
+    if paradigm is not None:
+        find_paradigm(paradigm)
+    if normalization is not None:
+        find_normalization(normalization)
+    request = resolve(model, checkpoint, arch, weights_key)
+    if request.built.startswith(TRANSFORMERS):
+        require_image_tower(request.built.removeprefix(TRANSFORMERS), img_size=img_size, weights=request.file)
+    elif request.file is not None:
+        outline(architecture_of(request.built), img_size=img_size, num_classes=0)
+    elif request.name.startswith(TIMMS):
+        require_repository(request.name.partition(":")[2], img_size)
+    elif entry := find_official(request.name):
         outline(entry.spec.name, img_size=img_size)
         require_official(entry)
-    elif (architecture := architecture_of(name)) in BUNDLED_ARCHITECTURES:
-        _bundled_spec(name)
+    elif (architecture := architecture_of(request.name)) in BUNDLED_ARCHITECTURES:
+        _bundled_spec(request.name)
         outline(architecture, img_size=img_size)
     else:
-        require_timm(name, architecture, img_size)
+        require_timm(request.name, architecture, img_size)
 
 
-def _sort_out(
-    name: object, checkpoint: str | Path | None, arch: str | None, weights_key: str | None, pretrained: bool
-) -> tuple[str, Path | None, str | None]:
-    """The name of a model, the file of its weights or None, and the architecture in it where one was given."""
-    if not isinstance(name, str | Path):
-        raise UserError(
-            why_copy(name) or f"a model is a name, a checkpoint file, an nn.Module or a LoadedModel, not {name!r}"
-        )
-    name, arch = in_folder(name), None if arch is None else str(in_folder(arch))
-    if isinstance(name, Path) or _looks_like_file(name):
-        if checkpoint is not None:
-            raise UserError(f"{name} and {checkpoint} are both files: give one, and its architecture (--arch NAME)")
-        require_file(Path(name))
-        if not arch:
-            raise UserError(
-                f"{name} needs the name of its architecture: --arch with an alias (mae_vit_b) or a timm name "
-                f"(vit_base_patch16_224)"
-            )
-        checkpoint, name = name, arch
-    elif arch is not None and checkpoint is not None:
-        _require_one_architecture(name, arch)
-    if checkpoint is None:
-        if arch is not None:
-            raise UserError(
-                f"arch is for a checkpoint file: leave it out, or give the weights of {name} with --checkpoint FILE"
-            )
-        if weights_key is not None:
-            raise UserError(
-                f"weights_key is for a checkpoint file: leave it out, or give the weights of {name} with "
-                f"--checkpoint FILE"
-            )
-        return name, None, None
+def _load(request: Request, img_size: ImageSize, weights_key: str | None, pretrained: bool) -> LoadedModel:
+    """Load what is asked for by name."""
+    if request.built.startswith(TRANSFORMERS):
+        return load_from_transformers(request.built, request.file, img_size, pretrained, weights_key)
+    if request.file is not None:
+        # "This alias, from this file" says what the weights are; --arch says only how they are laid out.
+        spec = None if request.arch else find_spec(request.name)
+        return _load_file(request.file, request.built, spec, img_size, weights_key)
+    if request.name.startswith(TIMMS):
+        return load_repository(request.name.partition(":")[2], img_size, pretrained)
+    if entry := find_official(request.name):
+        return _load_official(entry, img_size, pretrained)
+    architecture = architecture_of(request.name)
+    if architecture in BUNDLED_ARCHITECTURES:
+        return _load_bundled(request.name, architecture, img_size, pretrained)
+    return load_from_timm(request.name, architecture, img_size, pretrained)
+
+
+def _as_registered(
+    model: LoadedModel, registration: Registration, img_size: ImageSize, pretrained: bool
+) -> LoadedModel:
+    """The model with what its registration says of it."""
+    spec = registration.spec
+    if registration.layout is not None:
+        model = _wrap(model, img_size, registration.layout, None)
     if not pretrained:
-        raise UserError(f"random weights (pretrained=False) and those of {checkpoint} exclude each other")
-    require_file(Path(checkpoint))
-    return name, Path(checkpoint), arch
-
-
-def _require_one_architecture(name: str, arch: str) -> None:
-    """Raises a UserError where a model's name and --arch say different things of one file."""
-
-    def architecture(named: str) -> str:
-        if named.startswith((*PREFIXES, PREFIX)):
-            return named
-        spec = find_spec(named)
-        return (spec.architecture if spec else architecture_of(named)).partition(".")[0]
-
-    if architecture(name) != architecture(arch):
-        raise UserError(
-            f"--model {name} and --arch {arch} are two architectures for one file: leave one of the two out"
-        )
-
-
-def _looks_like_file(name: str) -> bool:
-    """Whether a name means a file: an existing one, or one with a checkpoint's suffix; never a known model."""
-    if find_spec(name) is not None or name.startswith((*PREFIXES, PREFIX)):
-        return False
-    if name.endswith(_SUFFIXES):
-        return True
-    if timm.is_model(name.partition(".")[0]):
-        return False
-    if Path(name).is_file():
-        return True
-    if ("/" in name or "\\" in name) and not names_one_of_the_hub(name):
-        raise UserError(f"there is no file or folder {name}")
-    if "/" in name:
-        raise UserError(
-            f"there is no file {name}; for a repository of the Hugging Face hub write hf:{name} (a model of "
-            f"transformers) or hf-hub:{name} (of timm)"
-        )
-    return False
+        return described(model, name=f"{spec.name}-random")
+    return described(model, name=spec.name, paradigm=spec.paradigm, method=spec.method, licence=spec.licence or None)
 
 
 def _wrap(
@@ -227,7 +192,7 @@ def _wrap(
     layout: TokenLayout | None,
     blocks: Sequence[nn.Module] | None,
 ) -> LoadedModel:
-    """A module that is built already, for its own image size or, where it takes any, for another."""
+    """Wrap a module that is built already, for its own image size or, where it takes any, for another."""
     size = None if img_size is None else pair(img_size)
     loaded = model if isinstance(model, LoadedModel) else None
     if loaded is not None and layout is None and blocks is None and (size is None or size == loaded.transform.size):
@@ -245,7 +210,10 @@ def _wrap(
                 f"{spec.name} is built for images of {usual[0]}×{usual[1]} pixels: for {size[0]}×{size[1]}, load it by "
                 f"name with img_size, or build it so"
             )
-    return finish(anatomy.module, spec, size or describe_preprocessing(anatomy.tower), anatomy)
+    made = finish(anatomy.module, spec, size or describe_preprocessing(anatomy.tower), anatomy)
+    if loaded is None:
+        return made
+    return normalized(with_remarks(made, remarks_on_weights(loaded)), loaded.normalization)
 
 
 def _load_bundled(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:

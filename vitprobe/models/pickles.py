@@ -1,9 +1,10 @@
 """Unpickles without running anything: what a file of `torch.save` names becomes plain data and records of tensors.
 
-`torch.load` is not used. Its weights-only mode refuses the harmless classes in official training checkpoints
-(argparse.Namespace, numpy scalars), and its other mode calls what the file names, hands TorchScript archives to
-another loader and can write "patch" files. Here no name in a file is ever imported: the few that describe tensors
-become records, and every other one an inert `Foreign`. The tensors' bytes are read later, and only those wanted.
+`torch.load` is not used. Its weights-only mode refuses files that official training code saves, some of them whatever
+it is told to allow (docs/architecture.md has the measurement), and its other mode calls what the file names, hands
+TorchScript archives to another loader, and can write "patch" files. Here no name in a file is ever imported: the few
+that describe tensors become records, and every other one an inert `Foreign`. The tensors' bytes are read later, and
+only those wanted.
 """
 
 from __future__ import annotations

@@ -7,28 +7,29 @@ from dataclasses import astuple
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from vitprobe.errors import UserError
-from vitprobe.models.entries import ENTRIES, PARADIGMS, ModelSpec
-from vitprobe.models.hub import is_downloaded
-from vitprobe.models.official.entries import OFFICIAL, find_official
+from vitprobe.models.caches import is_downloaded
+from vitprobe.models.entries import ModelSpec
+from vitprobe.models.official.entries import find_official
+from vitprobe.models.paradigms import find_paradigm
+from vitprobe.models.registered import SHIPPED, find_registration, registered_specs
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("name", "method", "paradigm", "architecture", "source", "licence", "status")
 
-_SPECS = (*ENTRIES, *(entry.spec for entry in OFFICIAL.values()))
-_BY_NAME = {spec.name: spec for spec in _SPECS} | {spec.source: spec for spec in _SPECS}
+_BY_NAME = {spec.name: spec for spec in SHIPPED} | {spec.source: spec for spec in SHIPPED}
 
 
 def all_specs() -> tuple[ModelSpec, ...]:
-    """Every entry of the registry, the bundled models first."""
-    return _SPECS
+    """Return every entry of the registry: the bundled models first, those registered in this process last."""
+    return (*SHIPPED, *registered_specs())
 
 
 def find_spec(name: str) -> ModelSpec | None:
-    """The entry of an alias ("mae_vit_b") or of a tagged timm name ("vit_base_patch16_224.mae"), or None."""
-    return _BY_NAME.get(name) or _BY_NAME.get(f"timm:{name}")
+    """Return the entry of an alias ("mae_vit_b") or of a tagged timm name ("vit_base_patch16_224.mae"), or None."""
+    registered = find_registration(name)
+    return registered.spec if registered else _BY_NAME.get(name) or _BY_NAME.get(f"timm:{name}")
 
 
 def nearest(name: str, candidates: Iterable[str]) -> list[str]:
@@ -41,11 +42,15 @@ def nearest(name: str, candidates: Iterable[str]) -> list[str]:
 
 
 def status(spec: ModelSpec) -> str:
-    """What it takes to have a model's weights; asks no network.
+    """Say what it takes to have a model's weights; asks no network.
 
     "bundled" (they are in the package, or made from a seed), "downloaded" (they are in a local cache), "" (they can be
-    downloaded), "by hand" (no program can download them) or "no source" (nobody offers them).
+    downloaded), "by hand" (no program can download them), "no source" (nobody offers them), and of a registered file
+    or folder "local", or "missing" where it is not there.
     """
+    registered = find_registration(spec.name)
+    if registered is not None and registered.path is not None:
+        return "local" if registered.path.exists() else "missing"
     if spec.source.startswith(("bundled:", "seed:")):
         return "bundled"
     entry = find_official(spec.source)
@@ -55,13 +60,13 @@ def status(spec: ModelSpec) -> str:
 
 
 def list_models(filter: str | None = None, *, paradigm: str | None = None) -> pd.DataFrame:
-    """A table of the models known by name, one row each.
+    """Return a table of the models known by name, one row each: shipped ones, then those registered in this process.
 
     Columns: name, method, paradigm, architecture, source, licence, and status (see `status`).
 
     Args:
         filter: words; each must occur in some field of an entry (the citation and the notes too), in any case.
-        paradigm: keep this one only ("MIM", "JEA", "hybrid", "supervised", "VLM").
+        paradigm: keep this one only: "MIM", "JEA", "hybrid", "supervised", "VLM", "other", "random". Default: all.
 
     Raises:
         UserError: for an unknown paradigm.
@@ -72,13 +77,11 @@ def list_models(filter: str | None = None, *, paradigm: str | None = None) -> pd
     """
     import pandas as pd  # takes most of a second; `vitprobe --help` does without
 
-    paradigms = {known.casefold(): known for known in PARADIGMS}
-    if paradigm is not None and paradigm.casefold() not in paradigms:
-        raise UserError(f"unknown paradigm {paradigm!r}: use one of {', '.join(PARADIGMS)}")
+    wanted = None if paradigm is None else find_paradigm(paradigm)
     words = (filter or "").casefold().split()
     rows = []
-    for spec in _SPECS:
-        if paradigm is not None and spec.paradigm != paradigms[paradigm.casefold()]:
+    for spec in all_specs():
+        if wanted is not None and spec.paradigm != wanted:
             continue
         state = status(spec)
         text = " ".join((*astuple(spec), state)).casefold()

@@ -18,6 +18,7 @@ from vitprobe.errors import UserError
 from vitprobe.models.building import pair
 from vitprobe.models.loaded import LoadedModel, with_transform
 from vitprobe.models.loading import load_model
+from vitprobe.models.paradigms import find_paradigm
 
 ModelLike = str | Path | nn.Module | LoadedModel
 ImageSize = int | tuple[int, int]
@@ -90,6 +91,8 @@ class RunOptions:
         object.__setattr__(self, "img_size", size)
         for name in ("mean", "std"):
             object.__setattr__(self, name, check_normalisation(name, getattr(self, name)))
+        if self.paradigm is not None:
+            object.__setattr__(self, "paradigm", find_paradigm(self.paradigm))
         check_whole(workers=(self.workers, 0), seed=(self.seed, 0))
         if self.resume and (self.overwrite or self.out is None):
             reason = (
@@ -105,14 +108,14 @@ class RunOptions:
         Raises:
             UserError: as `load_model`.
         """
-        given = {name: getattr(self, name) for name in ("name", "paradigm") if getattr(self, name) is not None}
         loaded = load_model(
             self.model,
             checkpoint=self.checkpoint,
             arch=self.arch,
             weights_key=self.weights_key,
             img_size=self.img_size,
-            **given,
+            name=self.name,
+            paradigm=self.paradigm,
         )
         return with_transform(loaded, self.transform, self.img_size or loaded.transform.size, self.mean, self.std)
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.layout import TokenLayout
-from vitprobe.models.anatomy import huggingface_vit, own_vit, timm_vit
+from vitprobe.models.anatomy import own_vit, timm_vit, transformers_vit
 from vitprobe.models.anatomy.block_lists import BlockList, block_lists, likely, opened
 from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.measured import Watched, noise_for, run_once
-from vitprobe.models.anatomy.parts import Anatomy, read_images, unwrapped
+from vitprobe.models.anatomy.parts import Anatomy, channels_of, read_images, unwrapped
 from vitprobe.models.anatomy.towers import Tower, find_towers, runs_alone
 
 # Where models of images and texts keep the part for images.
@@ -57,7 +57,7 @@ def find_anatomy(
     if not towers:
         if found.refusals:
             raise AttentionNotSeenError(found.refusals[0])
-        huggingface_vit.recognise(tower)  # which says what a model of transformers takes instead of images
+        transformers_vit.recognise(tower)  # which says what a model of transformers takes instead of images
         lists = tuple(block_lists(tower))
         if not lists:
             own_vit.recognise(tower, layout)  # which says what is missing
@@ -90,7 +90,10 @@ class _Candidate:
 
 
 def _image_tower(module: nn.Module) -> tuple[str, tuple[nn.Module, ...]]:
-    """The path of the part of a model that takes images (else of the model), and that part with what holds it."""
+    """The path of the part of a model of images and texts that takes images, and that part with what holds it.
+
+    Any other model is this part itself, with the path "".
+    """
     path, lineage = "", (module,)
     while True:
         parts: list[tuple[str, Any]] = [(name, getattr(lineage[0], name, None)) for name in _TOWERS]
@@ -152,7 +155,7 @@ def _running(module: nn.Module, rivals: list[_Candidate], layout: TokenLayout | 
         size = layout.image_size if layout is not None else _size_of(each)
         if size is None:
             continue
-        images = noise_for(module, own_vit.channels_of(each.tower.part), size)
+        images = noise_for(module, channels_of(own_vit.embedding_of(each.tower.part)), size)
         run_once(module, images, watched)
         if any(seen.began for seen in watched):
             break
@@ -174,7 +177,7 @@ def _size_of(candidate: _Candidate) -> tuple[int, int] | None:
 
 def _recognise(tower: Tower, blocks: BlockList, layout: TokenLayout | None) -> Anatomy:
     """The anatomy of a tower, as the library that it follows has it."""
-    anatomy = (huggingface_vit.recognise(tower.part) or timm_vit.recognise(tower.part)) if tower.known else None
+    anatomy = (transformers_vit.recognise(tower.part) or timm_vit.recognise(tower.part)) if tower.known else None
     if anatomy is None:
         return own_vit.recognise(tower.part, layout, blocks.blocks)
     return anatomy if layout is None else _with_layout(anatomy, layout)

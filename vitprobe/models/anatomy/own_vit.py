@@ -161,12 +161,6 @@ def embedding_of(module: nn.Module) -> nn.Module:
     return next((part for part in module.modules() if isinstance(part, nn.Conv2d)), module)
 
 
-def channels_of(module: nn.Module) -> int:
-    """Channels of the images that a tower takes; 3 where it has no convolution."""
-    embedding = embedding_of(module)
-    return embedding.in_channels if isinstance(embedding, nn.Conv2d) else 3
-
-
 def _parameters(module: nn.Module, names: Sequence[str]) -> Iterator[Any]:
     """Parameters and embeddings at the top of a model or one part down, of one of these names."""
     for name, value in (*module.named_parameters(), *module.named_buffers()):

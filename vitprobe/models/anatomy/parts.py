@@ -78,14 +78,7 @@ class Anatomy:
     @property
     def channels(self) -> int:
         """Channels of the images: what the first convolution in the part that takes them, or linear map, is for."""
-        patch: Size = self.layout(self.image_size).patch_size
-        for part in self.images_enter.modules():
-            if isinstance(count := getattr(part, "in_channels", None), int) and getattr(part, "kernel_size", None):
-                return count
-            pixels = patch[0] * patch[1]
-            if isinstance(count := getattr(part, "in_features", None), int) and count % pixels == 0:
-                return count // pixels
-        return 3
+        return channels_of(self.images_enter, self.layout(self.image_size).patch_size)
 
     @property
     def num_heads(self) -> int | None:
@@ -115,6 +108,22 @@ def read_images(
         return layout((int(images.shape[-2]), int(images.shape[-1])))
 
     return read
+
+
+def channels_of(embedding: nn.Module, patch: Size | None = None) -> int:
+    """Return the channels of the images that an embedding takes; 3 where nothing says so.
+
+    Args:
+        embedding: the part that the images enter; its first convolution says it, or its first linear map of patches.
+        patch: height and width of a patch in pixels, to read a linear map by; default None: only convolutions count.
+    """
+    for part in embedding.modules():
+        if isinstance(count := getattr(part, "in_channels", None), int) and getattr(part, "kernel_size", None):
+            return count
+        pixels = patch[0] * patch[1] if patch else 0
+        if pixels and isinstance(count := getattr(part, "in_features", None), int) and count % pixels == 0:
+            return count // pixels
+    return 3
 
 
 def grid_of(convolution: nn.Conv2d, size: Size) -> Size:

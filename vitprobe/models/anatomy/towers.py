@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vitprobe.models.anatomy import huggingface_vit, timm_vit
+from vitprobe.models.anatomy import timm_vit, transformers_vit
 from vitprobe.models.anatomy.block_lists import BlockList, block_lists
 from vitprobe.models.anatomy.copies import why_copy
 from vitprobe.models.anatomy.parts import unwrapped
@@ -86,7 +86,7 @@ class _Search:
             self.refusals.append(reason)
             self._refused.append(part)
             return []
-        if huggingface_vit.is_tower(part):
+        if transformers_vit.is_tower(part):
             return [Tower(path, lineage, tuple(block_lists(part)[:1]), known=True)]
         if timm_vit.is_tower(part):
             return [Tower(path, lineage, (timm_vit.list_of_blocks(part),), known=True)]
@@ -111,7 +111,7 @@ def runs_alone(lineage: Sequence[nn.Module]) -> nn.Module:
     Models of transformers with a head or a text tower around the images' are not run for their tower alone.
     """
     for part in reversed(lineage[1:]):
-        if not huggingface_vit.from_transformers(part) and _takes_one_tensor(part):
+        if not transformers_vit.from_transformers(part) and _takes_one_tensor(part):
             return part
     return lineage[0]
 

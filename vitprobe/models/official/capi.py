@@ -1,11 +1,13 @@
-"""The encoder of CAPI (arXiv 2502.08769), which timm does not have.
+"""CAPI (arXiv 2502.08769): its encoder, which timm does not have, and the names of the release.
 
-A pre-norm Vision Transformer with RMS norms, projections without bias (queries, keys and values apart), and rotary
-positions: patches lie at 0..1 on either axis, the registers, which come first, on the edge of the image. There is no
-[cls]; the norm at the end has no weights.
+The encoder is a pre-norm Vision Transformer with RMS norms, projections without bias (queries, keys and values apart),
+and rotary positions: patches lie at 0..1 on either axis, the registers, which come first, on the edge of the image.
+There is no [cls]; the norm at the end has no weights.
 """
 
 from __future__ import annotations
+
+import re
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from jaxtyping import Float
 from timm.layers.mlp import Mlp
 from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
+
+from vitprobe.models.official.layout import Layout, State, behind, without
 
 _EPSILON = 1e-5  # of the RMS norms
 # Waves across the image: the highest and the lowest frequency of the rotary positions.
@@ -125,3 +129,27 @@ class _Rotary(nn.Module):
         first, second = heads.chunk(2, dim=-1)
         turned = heads * angles.cos() + torch.cat([-second, first], dim=-1) * angles.sin()
         return turned.to(heads.dtype)  # under autocast the angles stay in float32
+
+
+_RENAMED = {"residual1.norm": "norm1", "residual1.fn": "attn", "residual2.norm": "norm2", "residual2.fn": "mlp"}
+
+
+def convert(state: State) -> State:
+    """Return the encoder under the names of `CapiEncoder`, without the decoder."""
+    state = without(behind(state, "backbone."), "mask_token", "decoder.")
+    renamed: State = {}
+    for name, value in state.items():
+        name = name.removeprefix("encoder.")
+        for old, new in _RENAMED.items():
+            name = name.replace(f".{old}.", f".{new}.")
+        name = "reg_token" if name == "registers" else re.sub(r"^patch_embed\.(?!proj\.)", "patch_embed.proj.", name)
+        renamed[name] = value
+    return renamed
+
+
+LAYOUT = Layout(
+    words="backbone.encoder.blocks.0.residual1.fn.q_proj.weight … beside backbone.decoder.",
+    convert=convert,
+    build=CapiEncoder,
+    has_classifier=False,
+)

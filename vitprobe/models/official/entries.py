@@ -16,7 +16,7 @@ class OfficialCheckpoint:
 
     Attributes:
         spec: the entry of the registry; its source is "official:<name>".
-        layout: a key of `LAYOUTS`: it says how the file's keys look, which converter takes them, what is built.
+        layout: a key of `layouts.LAYOUTS`: how the file's keys look, how they are converted, and what is built.
         arguments: what the architecture's constructor is given.
         address: the plain address of the file; "" where it has none.
         by_hand: where a person can get the file and a program cannot; "" otherwise.
@@ -39,20 +39,6 @@ class OfficialCheckpoint:
         """The file's name in torch.hub's cache."""
         return self.filename or PurePosixPath(urlsplit(self.address).path).name
 
-
-# What the keys of each layout look like in the file, once its holder ("model", "state_dict" …) is opened.
-LAYOUTS = {
-    "plain": "timm's names (cls_token, pos_embed, blocks.0.attn.qkv.weight …)",
-    "moco-v3": "timm's names behind module.base_encoder., beside module.momentum_encoder. and module.predictor.",
-    "maskfeat": "timm's names without norm., its queries, keys and values maybe apart (attn.q, attn.k, attn.v), "
-    "beside pred_head. and mask_token",
-    "beit": "BEiT's names with one table for all blocks (rel_pos_bias.relative_position_bias_table), beside lm_head. "
-    "and mask_token",
-    "simmim": "BEiT's names with one table for all blocks behind encoder., beside decoder.",
-    "data2vec2": "blocks.0.attn.qkv.weight … beside modality_encoders.IMAGE.",
-    "capi": "backbone.encoder.blocks.0.residual1.fn.q_proj.weight … beside backbone.decoder.",
-    "franca": "backbone.blocks.<chunk>.<block>.mlp.w12.weight … beside dino_head. and ibot_head.",
-}
 
 IBOT = "Zhou et al., iBOT: Image BERT Pre-Training with Online Tokenizer, arXiv 2111.07832"
 BEIT = "Bao et al., BEiT: BERT Pre-Training of Image Transformers, arXiv 2106.08254"
@@ -259,5 +245,5 @@ OFFICIAL: dict[str, OfficialCheckpoint] = {entry.spec.name: entry for entry in _
 
 
 def find_official(name: str) -> OfficialCheckpoint | None:
-    """The checkpoint of an alias ("mocov3_vit_s") or of a spec's source ("official:mocov3_vit_s"), or None."""
+    """Return the checkpoint of an alias ("mocov3_vit_s") or of a spec's source ("official:mocov3_vit_s"), or None."""
     return OFFICIAL.get(name.removeprefix("official:"))

@@ -6,6 +6,7 @@ import inspect
 import json
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,24 @@ from torch import Tensor, nn
 
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
-from vitprobe.models.building import ImageSize, pair, require_size
+from vitprobe.models.building import ImageSize, pair, require_size, spec_of
 from vitprobe.models.checkpoints import open_checkpoint
-from vitprobe.models.hub import at_commit, fetch_from_hub, local_folder, require_hub
-from vitprobe.models.huggingface_images import describe_preprocessing, require_images
+from vitprobe.models.downloads import fetch_from_hub, require_hub
+from vitprobe.models.loaded import LoadedModel, finish, random_spec, with_remarks
 from vitprobe.models.pickles import BadFileError, one_line
+from vitprobe.models.repositories import (
+    TRANSFORMERS,
+    at_commit,
+    local_folder,
+    name_of,
+    remark_on_folder,
+    source_of,
+)
 from vitprobe.models.roles import role, said
 from vitprobe.models.shards import INDEX, names_in_index
+from vitprobe.models.transformers_images import describe_preprocessing, require_images
 from vitprobe.models.weight_names import without_wrappers
 
-PREFIX = "hf:"
 _WEIGHTS = tuple(name + ending for name in ("model.safetensors", "pytorch_model.bin") for ending in ("", INDEX))
 # How the convolution that cuts patches is called; its place tells where the image tower is among all weights.
 _PATCHES = "embeddings.patch_embedding"
@@ -33,7 +42,23 @@ _HEADS = ("classifier.", "cls_classifier.", "distillation_classifier.", "head.",
 _INSTEAD = "use a Vision Transformer, such as hf:facebook/dinov2-base"
 
 
-def load_huggingface(
+def load_from_transformers(
+    name: str, path: Path | None, img_size: ImageSize, pretrained: bool, weights_key: str | None = None
+) -> LoadedModel:
+    """Load a repository of the hub that transformers wrote, or its architecture with weights from a file."""
+    repository = name.removeprefix(TRANSFORMERS)
+    module, remarks = load_image_tower(
+        repository, img_size=img_size, weights=path, weights_key=weights_key, pretrained=pretrained
+    )
+    spec = spec_of(module, name_of(repository), source_of(TRANSFORMERS, repository))
+    if path is not None:
+        spec = replace(spec, name=path.name.partition(".")[0] or path.name, source=f"file:{path.name}")
+    size = img_size or describe_preprocessing(module)
+    model = finish(module, spec if pretrained else random_spec(spec), size)
+    return with_remarks(model, (*remark_on_folder(TRANSFORMERS, repository), *remarks))
+
+
+def load_image_tower(
     repository: str,
     *,
     img_size: ImageSize = None,
@@ -41,7 +66,7 @@ def load_huggingface(
     weights_key: str | None = None,
     pretrained: bool = True,
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The image tower of a repository of the Hugging Face hub, by transformers; float32, in eval mode; and remarks.
+    """Load the image tower of a repository of the Hugging Face hub: float32, in eval mode; and remarks on it.
 
     A ViTMAE shows all patches in their order, and position embeddings are interpolated for images of another size.
     Its `pretrained_cfg` says, as timm's does, how the repository prepares images. No code of the repository is run.
@@ -80,10 +105,10 @@ def load_huggingface(
     return module.float().eval(), remarks
 
 
-def require_huggingface(repository: str, *, img_size: ImageSize = None, weights: Path | None = None) -> None:
-    """Returns where nothing that can be known without the weights keeps `load_huggingface` from loading a model.
+def require_image_tower(repository: str, *, img_size: ImageSize = None, weights: Path | None = None) -> None:
+    """Raise the error of `load_image_tower` for all that can be known without the weights.
 
-    Args and Raises: as `load_huggingface`.
+    Args and Raises: as `load_image_tower`.
     """
     _outline(repository, img_size)
     if weights is None:
@@ -92,10 +117,11 @@ def require_huggingface(repository: str, *, img_size: ImageSize = None, weights:
 
 def _outline(repository: str, img_size: ImageSize) -> Any:
     """The image tower on the meta device: names and shapes, from the repository's config.json alone."""
+    called = f"{TRANSFORMERS}{repository}"
     try:
         import transformers
     except ImportError as error:
-        raise UserError(f"{PREFIX}{repository} needs the library transformers: pip install 'vitprobe[hf]'") from error
+        raise UserError(f"{called} needs the library transformers: pip install 'vitprobe[hf]'") from error
 
     path = fetch_from_hub(repository, ("config.json",))
     try:
@@ -105,8 +131,8 @@ def _outline(repository: str, img_size: ImageSize) -> Any:
         again = "" if local_folder(repository) else "; delete it to download it again"
         raise UserError(f"{path} is damaged: it is no JSON of a model{again}") from error
     if (not isinstance(kind, str) or kind == "timm_wrapper") and "architecture" in content:
-        raise UserError(f"{PREFIX}{repository} holds a model of timm's: write hf-hub:{repository}")
-    what = f"{PREFIX}{repository} holds no vision model"
+        raise UserError(f"{called} holds a model of timm's: write hf-hub:{repository}")
+    what = f"{called} holds no vision model"
     known = (content.get("architectures") or [kind])[0]
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UserError(
@@ -127,11 +153,11 @@ def _outline(repository: str, img_size: ImageSize) -> Any:
         raise
     except Exception as error:  # transformers trusts its arguments
         raise UserError(
-            f"transformers cannot build what the config.json of {PREFIX}{repository} describes: {one_line(error, 160)}"
+            f"transformers cannot build what the config.json of {called} describes: {one_line(error, 160)}"
         ) from error
     anatomy = find_anatomy(module)
     require_images(anatomy.module)
-    require_size(anatomy, None if img_size is None else pair(img_size), f"{PREFIX}{repository}")
+    require_size(anatomy, None if img_size is None else pair(img_size), called)
     return module
 
 

@@ -12,16 +12,18 @@ from torch import nn
 
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
-from vitprobe.models.anatomy.huggingface_vit import from_transformers, takes_patches
 from vitprobe.models.anatomy.parts import Size, pair
-from vitprobe.models.hub import cached_weights, fetch_from_hub, local_folder
+from vitprobe.models.anatomy.transformers_vit import from_transformers, takes_patches
+from vitprobe.models.caches import cached_weights
+from vitprobe.models.downloads import fetch_from_hub
 from vitprobe.models.pickles import one_line
+from vitprobe.models.repositories import local_folder
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def describe_preprocessing(module: nn.Module, repository: str | None = None) -> Size | None:
-    """Gives an image tower of transformers the `pretrained_cfg` that says how its images are prepared.
+    """Give an image tower of transformers the `pretrained_cfg` that says how its images are prepared.
 
     It is what the image processor of its repository does. Where there is none: what the processor made for its class
     does by default, at the size that the model was built for; and timm's defaults for a class that borrows another's.
@@ -56,10 +58,10 @@ def describe_preprocessing(module: nn.Module, repository: str | None = None) -> 
 
 
 def require_images(module: nn.Module) -> None:
-    """Returns where a model takes images.
+    """Raise `UserError` for a model that takes patches of its own processor instead of images.
 
     Raises:
-        UserError: where it is given patches that a processor of its own makes.
+        UserError: says what to do instead.
     """
     if takes_patches(module):
         raise UserError(

@@ -1,10 +1,9 @@
-"""Models from the hub: timm's names and repositories, and those of Hugging Face transformers."""
+"""Load timm's models: by timm's own names, and from repositories or folders that timm wrote ("hf-hub:…")."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,27 +13,25 @@ from torch import nn
 
 from vitprobe.errors import UserError
 from vitprobe.models.building import ImageSize, build, outline, spec_of
+from vitprobe.models.caches import WEIGHT_FILES
 from vitprobe.models.checkpoints import DOWNLOAD_AGAIN, load_downloaded
-from vitprobe.models.hub import (
-    WEIGHT_FILES,
+from vitprobe.models.downloads import fetch_from_address, fetch_from_hub, require_address, require_hub
+from vitprobe.models.loaded import LoadedModel, finish, random_spec, with_remarks
+from vitprobe.models.registered import SHIPPED
+from vitprobe.models.registry import find_spec
+from vitprobe.models.repositories import (
+    TIMMS,
     at_commit,
-    fetch_from_address,
-    fetch_from_hub,
     hub_repository,
     local_folder,
     name_of,
-    names_one_of_the_hub,
-    require_address,
-    require_hub,
+    remark_on_folder,
+    source_of,
 )
-from vitprobe.models.huggingface import PREFIX, load_huggingface
-from vitprobe.models.huggingface_images import describe_preprocessing
-from vitprobe.models.loaded import LoadedModel, finish, random_spec, with_remarks
-from vitprobe.models.registry import all_specs, find_spec
 
 
 def load_from_timm(name: str, architecture: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
-    """A model of timm: `name` as the user gave it, `architecture` with the tag of its weights where one is given."""
+    """Load a model by timm's name: as the user gave it (`name`), and with the tag of its weights if known."""
     config = timm.get_pretrained_cfg(architecture)
     tagged = architecture if "." in architecture or not (config and config.tag) else f"{architecture}.{config.tag}"
     spec = find_spec(name) or find_spec(tagged)
@@ -53,7 +50,7 @@ def load_from_timm(name: str, architecture: str, img_size: ImageSize, pretrained
 
 
 def require_timm(name: str, architecture: str, img_size: ImageSize) -> None:
-    """Returns where nothing that can be known without the weights keeps a model of timm from loading."""
+    """Raise the error of `load_from_timm` for all that can be known without the weights."""
     config = _timm_config(name, architecture)
     outline(architecture, img_size=img_size)
     if config.hf_hub_id:
@@ -74,8 +71,8 @@ def _timm_files(config: Any) -> tuple[str, ...]:
     return (config.hf_hub_filename,) if config.hf_hub_filename else WEIGHT_FILES
 
 
-def load_from_hub(repository: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
-    """A repository of the Hugging Face hub that timm wrote."""
+def load_repository(repository: str, img_size: ImageSize, pretrained: bool) -> LoadedModel:
+    """Load a repository of the Hugging Face hub, or a folder, that timm wrote."""
     folder, config = _hub_config(repository)
     weights = None
     if pretrained:
@@ -84,22 +81,22 @@ def load_from_hub(repository: str, img_size: ImageSize, pretrained: bool) -> Loa
         # The cache may have held the config of an older commit: take the one beside the weights.
         folder, config = _hub_config(at_commit(repository, weights))
     module = _built_by_hub(repository, build, folder, img_size)
-    remarks = _said_of_folder("hf-hub:", repository)
+    remarks = remark_on_folder(TIMMS[0], repository)
     if weights is not None:
         remarks += load_downloaded(module, weights, "" if local_folder(repository) else DOWNLOAD_AGAIN)
     spec = next(
         (
             known
-            for known in all_specs()
+            for known in SHIPPED
             if known.architecture == config["architecture"] and hub_repository(known.source) == repository
         ),
         None,
-    ) or spec_of(module, name_of(repository), _source("hf-hub:", repository))
+    ) or spec_of(module, name_of(repository), source_of(TIMMS[0], repository))
     return with_remarks(finish(module.eval(), spec if pretrained else random_spec(spec), img_size), remarks)
 
 
 def require_repository(repository: str, img_size: ImageSize) -> None:
-    """Returns where nothing that can be known without the weights keeps a repository of timm's from loading."""
+    """Raise the error of `load_repository` for all that can be known without the weights."""
     folder, config = _hub_config(repository)
     _built_by_hub(repository, outline, folder, img_size)
     require_hub(repository, _hub_weights(config))
@@ -141,30 +138,3 @@ def _built_by_hub(repository: str, make: Callable[..., nn.Module], folder: Path,
     except Exception as error:  # timm trusts its arguments
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"timm cannot build what the config.json of hf-hub:{repository} describes: {reason}") from error
-
-
-def load_from_transformers(
-    name: str, path: Path | None, img_size: ImageSize, pretrained: bool, weights_key: str | None = None
-) -> LoadedModel:
-    """A repository of the Hugging Face hub that transformers wrote, or its architecture with weights from a file."""
-    repository = name.removeprefix(PREFIX)
-    module, remarks = load_huggingface(
-        repository, img_size=img_size, weights=path, weights_key=weights_key, pretrained=pretrained
-    )
-    spec = spec_of(module, name_of(repository), _source(PREFIX, repository))
-    if path is not None:
-        spec = replace(spec, name=path.name.partition(".")[0] or path.name, source=f"file:{path.name}")
-    size = img_size or describe_preprocessing(module)
-    model = finish(module, spec if pretrained else random_spec(spec), size)
-    return with_remarks(model, (*_said_of_folder(PREFIX, repository), *remarks))
-
-
-def _source(prefix: str, repository: str) -> str:
-    return f"folder:{name_of(repository)}" if local_folder(repository) else f"{prefix}{repository}"
-
-
-def _said_of_folder(prefix: str, repository: str) -> tuple[str, ...]:
-    """The remark on a folder that is called like a repository of the hub."""
-    if local_folder(repository) is None or not names_one_of_the_hub(repository):
-        return ()
-    return (f"read the folder {repository} that is here; for that of the hub write {prefix}{repository}@main",)

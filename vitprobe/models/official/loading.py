@@ -1,4 +1,4 @@
-"""From a file in an official layout to the module it belongs to."""
+"""Load a file in an official layout into the module that it belongs to."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from torch import nn
 from vitprobe.errors import UserError
 from vitprobe.models.building import ImageSize, build, outline
 from vitprobe.models.checkpoints import classifier_size, load_into, open_checkpoint
-from vitprobe.models.official.checks import require_layout
-from vitprobe.models.official.converters import CONVERTERS
-from vitprobe.models.official.entries import LAYOUTS, OfficialCheckpoint
+from vitprobe.models.official.entries import OfficialCheckpoint
+from vitprobe.models.official.layouts import LAYOUTS
 
 
 def load_official(
     entry: OfficialCheckpoint, path: Path, *, img_size: ImageSize = None, hint: str = "", weights_key: str | None = None
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """An official checkpoint's architecture with the weights of a file, in train mode, and what to say of them.
+    """Load an official checkpoint's file: its architecture with these weights, in train mode, and remarks on them.
 
     Keeps a classifier where the file has one. Position embeddings and tables are resampled to the image size.
 
@@ -31,14 +30,14 @@ def load_official(
     Raises:
         UserError: for a file that cannot be read, that is another model's, or that does not fit.
     """
-    source = str(path)
+    source, layout = str(path), LAYOUTS[entry.layout]
     try:
         found = open_checkpoint(path, key=weights_key)
-        state = CONVERTERS[entry.layout](found.state)
+        state = layout.convert(found.state)
     except UserError as error:
         raise UserError(f"{error}; {hint}" if hint else str(error)) from error
-    require_layout(entry, state, source)
+    layout.check(entry, state, source)
     classes = classifier_size(state, outline(entry.spec.name, img_size=img_size))
     module = build(entry.spec.name, img_size=img_size, num_classes=classes)
-    hint = (hint or f"its keys should be {LAYOUTS[entry.layout]}") + found.choice
+    hint = (hint or f"its keys should be {layout.words}") + found.choice
     return module, found.remarks + load_into(module, state, source=source, hint=hint)
