@@ -74,8 +74,6 @@ def command(
     name: str | None,
     paradigm: str | None,
     out: Path | None,
-    name: str | None,
-    paradigm: str | None,
     **options: Any,
 ) -> None:
     """Measure how attention flows in a model; print a table and a verdict, draw the paper's figures.

@@ -76,8 +76,6 @@ def command(
     name: str | None,
     paradigm: str | None,
     out: Path | None,
-    name: str | None,
-    paradigm: str | None,
     **options: Any,
 ) -> None:
     """Train light probes on frozen tokens and measure what each way of aggregating them gives, with intervals.
