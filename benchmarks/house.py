@@ -23,7 +23,7 @@ BEGIN, END = "<!-- house: made by python -m benchmarks.house -->", "<!-- /house 
 # From the base up: a room imports rooms of earlier levels alone, never one beside it.
 LEVELS = (
     ("errors",),
-    ("files", "memory", "layout"),
+    ("files", "memory", "layout", "plugins"),
     ("data",),
     ("models",),
     ("attention",),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.aggregation.choices import at_least, one_of
-from vitprobe.aggregation.kernel import Tokens
+from vitprobe.aggregation.weighing import Tokens
 from vitprobe.aggregation.weighted import WeightedPool
 from vitprobe.errors import UserError
 

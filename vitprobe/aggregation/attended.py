@@ -8,8 +8,8 @@ from torch import Tensor
 
 from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.aggregation.choices import one_of
-from vitprobe.aggregation.kernel import Tokens
 from vitprobe.aggregation.simple import Center
+from vitprobe.aggregation.weighing import Tokens
 from vitprobe.aggregation.weighted import WeightedPool
 from vitprobe.attention.logits import Part
 from vitprobe.attention.precision import exact_float32

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from vitprobe.aggregation.base import Aggregator
 from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.aggregation.choices import divides
-from vitprobe.aggregation.kernel import Tokens
 from vitprobe.aggregation.parts import QueryAttention, mlp
 from vitprobe.aggregation.queries import Queried
+from vitprobe.aggregation.weighing import Tokens
 
 Weights = Float[Tensor, "batch query token"]
 Sums = Float[Tensor, "batch query dim"]

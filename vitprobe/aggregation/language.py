@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.aggregation.choices import at_least
-from vitprobe.aggregation.kernel import Tokens
 from vitprobe.aggregation.parts import QueryAttention, mlp
 from vitprobe.aggregation.queries import Queried
+from vitprobe.aggregation.weighing import Tokens
 from vitprobe.aggregation.weighted import WeightedPool
 from vitprobe.errors import UserError
 from vitprobe.layout import TokenLayout

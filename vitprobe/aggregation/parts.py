@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitprobe.aggregation.choices import divides
-from vitprobe.aggregation.kernel import Tokens, grouped
+from vitprobe.aggregation.weighing import Tokens, grouped
 
 _NAMES = {"q": "query", "k": "key", "v": "value", "kv": "key_value", "qkv": "query_key_value"}
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.aggregation.choices import divides
-from vitprobe.aggregation.kernel import Tokens, grouped
 from vitprobe.aggregation.parts import QueryAttention
 from vitprobe.aggregation.token_norm import TokenNorm
+from vitprobe.aggregation.weighing import Tokens, grouped
 from vitprobe.aggregation.weighted import WeightedPool
 
 Weights = Float[Tensor, "batch query token"]

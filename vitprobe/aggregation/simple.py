@@ -9,7 +9,7 @@ from torch import Tensor
 from vitprobe.aggregation.base import Aggregator
 from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.aggregation.choices import at_least
-from vitprobe.aggregation.kernel import Tokens
+from vitprobe.aggregation.weighing import Tokens
 from vitprobe.aggregation.weighted import WeightedPool
 from vitprobe.errors import UserError
 from vitprobe.layout import TokenLayout

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitprobe.aggregation.batch import TokenBatch, Which
-from vitprobe.aggregation.kernel import Tokens
+from vitprobe.aggregation.weighing import Tokens
 
 
 class TokenNorm(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitprobe.aggregation.batch import TokenBatch
 from vitprobe.aggregation.choices import at_least, one_of
-from vitprobe.aggregation.kernel import Tokens
+from vitprobe.aggregation.weighing import Tokens
 from vitprobe.aggregation.weighted import WeightedPool
 
 KINDS = ("bipartition", "eigenvector", "eigenvector_bipartition", "eigenvector_softmax")

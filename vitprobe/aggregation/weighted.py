@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitprobe.aggregation.base import Aggregator
 from vitprobe.aggregation.batch import TokenBatch
-from vitprobe.aggregation.kernel import Tokens
+from vitprobe.aggregation.weighing import Tokens
 
 
 class WeightedPool(Aggregator):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitprobe.cli.options import SomePath, SomeText, what_images, which_models, which_way
+from vitprobe.cli.options import SomePath, SomeText, folder_options, image_options, model_options
 from vitprobe.cli.runs import Body, Loading, run_models
 from vitprobe.cli.screen import profile_table, settled_lines, wrapped
 from vitprobe.runs.torchrun import launched
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("analyze", short_help="Measure a model's attention on images: table, verdict, figures.")
-@which_models
+@model_options
 @click.option(
     "--data",
     type=SomeText(),
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     "[packaged photographs]",
 )
 @click.option("--num-images", type=click.IntRange(min=1), metavar="N", help="Analyse N images, drawn at random.  [all]")
-@what_images
+@image_options
 @click.option("--statistic", "statistics", multiple=True, metavar="NAME", help="Only this one; repeatable.  [all]")
 @click.option(
     "--tolerance",
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
     metavar="DIR",
     help="The run's folder; for several models it holds a folder each.  [runs/<model>-<time>]",
 )
-@which_way
+@folder_options
 def command(
     models: tuple[str, ...],
     checkpoint: Path | None,

@@ -64,7 +64,7 @@ class Numbers(click.ParamType):
             self.fail(f"{value!r} holds what is no number; write 0.5, or one for each channel: 0.4,0.5,0.6", param, ctx)
 
 
-def what_images(command: Callable) -> Callable:
+def image_options(command: Callable) -> Callable:
     """The options that say how pictures become what the model takes."""
     for option in (
         click.option(
@@ -94,7 +94,7 @@ def what_images(command: Callable) -> Callable:
     return command
 
 
-def which_models(command: Callable) -> Callable:
+def model_options(command: Callable) -> Callable:
     """The options that say what to load."""
     for option in (
         click.option(
@@ -132,7 +132,7 @@ def which_models(command: Callable) -> Callable:
     return command
 
 
-def which_way(command: Callable) -> Callable:
+def folder_options(command: Callable) -> Callable:
     """The options that say what becomes of a run that is there already."""
     command = click.option(
         "--resume", is_flag=True, help="Go on with the run in --out where it was broken off, or begin it."

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vitprobe.cli.options import SomePath, SomeText, what_images, which_models, which_way
+from vitprobe.cli.options import SomePath, SomeText, folder_options, image_options, model_options
 from vitprobe.cli.runs import Body, Loading, run_models
 from vitprobe.errors import UserError
 
@@ -18,7 +18,7 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
 
 
 @click.command("verify", short_help="Measure whether selective aggregation gives more than [cls].")
-@which_models
+@model_options
 @click.option(
     "--data",
     type=SomeText(),
@@ -47,7 +47,7 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
     "--block", "blocks", type=int, multiple=True, metavar="N", help="Read this block's tokens; repeatable.  [the last]"
 )
 @click.option("--norm/--no-norm", default=None, help="With the model's final norm on the tokens.  [the protocol's]")
-@what_images
+@image_options
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
@@ -67,7 +67,7 @@ SELECTIVE, BARS = ("abmilp", "ep"), "selective_aggregation"  # what the figure s
     metavar="DIR",
     help="The run's folder; for several models it holds a folder each.  [runs/verify-<model>-<time>]",
 )
-@which_way
+@folder_options
 def command(
     models: tuple[str, ...],
     checkpoint: Path | None,
