@@ -23,8 +23,8 @@ from helpers import (
     tiny_vit,
 )
 from reference import largest_logit, reference_attention, reference_statistics
-from vitprobe.attention import kernels
-from vitprobe.attention.kernels import attend_with_normaliser
+from vitprobe.attention import torch_kernels as kernels
+from vitprobe.attention.torch_kernels import attend_with_normaliser
 from vitprobe.attention.view import AttentionView
 from vitprobe.errors import UserError
 from vitprobe.hooks.calls import AttentionCall

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from vitprobe.attention.fused import attend_with_rows
-from vitprobe.attention.kernels import attend_with_normaliser
 from vitprobe.attention.logits import ProductLogits
 from vitprobe.attention.precision import exact_float32
 from vitprobe.attention.rows import RowSummary, merge_prefix, patch_rows, summarize_rows
+from vitprobe.attention.torch_kernels import attend_with_normaliser
 from vitprobe.hooks.calls import AttentionCall
 from vitprobe.layout import TokenLayout, reordered, reordered_pairs, restored
 from vitprobe.statistics.table import Asks
