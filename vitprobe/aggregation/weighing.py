@@ -1,4 +1,4 @@
-"""The one piece of arithmetic that most aggregators share: weights over tokens → weighted sums of tokens → small matrices.
+"""What most aggregators compute: weights over tokens → weighted sums of tokens → small matrices.
 
 A matrix that is applied to every token, and then to a weighted sum of the results, may as well be applied to the
 weighted sum of the tokens: pooled first, projected after, it meets one vector instead of N. So do queries meet the
