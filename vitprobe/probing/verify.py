@@ -104,8 +104,8 @@ def verify(
             "a DataLoader gives its images in an order that only it knows, so a run on it cannot be resumed: give the "
             "data set's folder, or leave --resume out"
         )
-    alone = isinstance(aggregators, str) or callable(aggregators)
-    asked = None if aggregators is None else [as_name(each) for each in ([aggregators] if alone else aggregators)]
+    several = [aggregators] if isinstance(aggregators, str) or callable(aggregators) else aggregators
+    asked = None if several is None else [as_name(each) for each in several]
     img_size = size_of(img_size)
     normalisation = {"mean": check_normalisation("mean", mean), "std": check_normalisation("std", std)}
     options = {
