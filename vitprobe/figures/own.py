@@ -54,13 +54,14 @@ def draw(
             is no profile.
 
     Example:
+        >>> import numpy as np
         >>> import vitprobe as vp
         >>> profile = vp.analyze("mae_vit_nano", num_images=2, statistics=["cls_entropy"], progress=False)
         >>> def effective_patches(profile):
         ...     return np.exp(profile.estimate("cls_entropy").center)
         >>> ax = vp.figures.draw(profile, effective_patches, ylabel="effective number of patches", bounds=(0, 64))
-        >>> ax.get_ylim()[0]
-        0.0
+        >>> ax.get_ylabel()
+        'effective number of patches'
     """
     curves, missing = [], []
     several = as_list(profiles)

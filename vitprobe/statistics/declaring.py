@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from torch import Tensor
 
@@ -111,7 +111,7 @@ def declare(
             ends,
             needed,
             compute,
-            asks=asks,
+            asks=cast(Asks, asks),
             uniform=None if uniform is None else _function(uniform),
             per_head=per_head,
             maximum=None if maximum is None else _function(maximum),
