@@ -29,7 +29,7 @@ _CHUNK = 2**24  # attention weights in float64 at a time
 def survey(name: str) -> dict[str, Any]:
     """Counts and shapes of a model at its full size, from a capture on the meta device."""
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
+        model: Any = timm.create_model(name).eval()
     with torch.no_grad(), capture(model) as attention:
         model(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
     layout = attention.layout
@@ -137,7 +137,9 @@ class Comparison:
             for attention, number in zip(A, range(len(A)), strict=True):  # of differential attention A1 and A2
                 weights = own[:, number :: len(A)][:, heads].double().numpy()
                 own_error = max(own_error, _largest(np.abs(weights - attention)))
-            whole = A[0] if len(A) == 1 else A[0] - float(view.subtracted_weight) * A[1]
+            whole = A[0]
+            if view.subtracted_weight is not None:
+                whole = A[0] - float(view.subtracted_weight) * A[1]
             with np.errstate(all="ignore"):  # a difference has entropies that make no sense, and nobody asks for
                 of_heads = reference_of(view, whole, trace.tokens)
             for name, value in of_heads.items():

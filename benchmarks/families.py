@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -42,7 +43,7 @@ by model: [coverage](coverage.md).
 def outcome(name: str) -> Capture | str:
     """What a capture of a model saw, or why it was refused."""
     with torch.device("meta"):
-        model = timm.create_model(name).eval()
+        model: Any = timm.create_model(name).eval()
     try:
         with torch.no_grad(), capture(model) as attention:
             model(torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))

@@ -122,7 +122,7 @@ def _query_key_weights(holder: Any) -> list[Tensor]:
     """What an attention module's queries and keys are proportional to: gains of their norms, else projections."""
     norms = [getattr(holder, name, None) for name in ("q_norm", "k_norm")]
     if any(isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) for norm in norms):
-        return [parameter for norm in norms for parameter in norm.parameters()]
+        return [parameter for norm in norms if norm is not None for parameter in norm.parameters()]
     if getattr(holder, "q_proj", None) is not None:
         return [p for projection in (holder.q_proj, holder.k_proj) for p in projection.parameters()]
     if hasattr(holder, "in_proj"):  # of the MLP, queries, keys and values

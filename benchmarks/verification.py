@@ -26,7 +26,7 @@ HEADINGS = (
 def rows(found: Verification) -> list[list[str]]:
     """The cells of a verification's table, in percent, with 95 % intervals in brackets."""
     lines = []
-    for _, row in found.table().iterrows():
+    for row in found.table().to_dict("records"):
         baseline = row["label"] == row["gain_over"]
         accuracy, low, high, gain, gain_low, gain_high = (
             100 * row[name] for name in ("accuracy", "ci_low", "ci_high", "gain", "gain_ci_low", "gain_ci_high")

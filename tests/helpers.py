@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from vitprobe.errors import UserError
 from vitprobe.hooks.capture import Capture, capture
 from vitprobe.layout import TokenLayout
 
+Model = TypeVar("Model", bound=nn.Module)
 SMALL = {"img_size": 32, "patch_size": 8}
 TOLERANCE = 1e-4  # the project's error bound; float32 against float64
 
@@ -53,7 +54,14 @@ def assert_all_close(actual: dict[str, Any], expected: dict[str, Any], **how: fl
 
 def tiny_vit(**options: Any) -> VisionTransformer:
     """A Vision Transformer of two blocks for images of 32 px: 16 patches, 2 heads; in eval mode."""
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     return randomize(VisionTransformer(**(sizes | options))).eval()
 
 
@@ -72,7 +80,7 @@ def tiny(name: str, **options: Any) -> nn.Module:
     return randomize(timm.create_model(name, **(sizes | options))).eval()
 
 
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+def randomize(model: Model, seed: int = 0) -> Model:
     """Weights so large that attention is peaked and no scale, gain or position is the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

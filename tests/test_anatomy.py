@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -18,8 +20,8 @@ from vitprobe.errors import AttentionNotSeenError
 from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.find import find_anatomy
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
-NAFLEX = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
+NAFLEX: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
 
 
 def token_layout(module, size=None):

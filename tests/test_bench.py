@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from vitprobe.cli import main
 from vitprobe.errors import UserError
 from vitprobe.hooks.capture import capture
 
-NANO = {"model": "mae_vit_nano", "batch_size": 2, "rounds": 2}
+NANO: dict[str, Any] = {"model": "mae_vit_nano", "batch_size": 2, "rounds": 2}
 
 
 def test_each_way_gives_a_cost() -> None:

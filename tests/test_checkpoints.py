@@ -13,6 +13,7 @@ import tarfile
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -100,7 +101,7 @@ def test_a_state_dict_comes_back(tmp_path, zipped, protocol):
 def test_every_kind_of_tensor(tmp_path, zipped):
     base = torch.arange(24.0)
     tied = torch.randn(3, 4)
-    state = {
+    state: dict[str, Any] = {
         **{
             str(dtype): torch.tensor([0, 1, 1]).to(dtype)
             for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16)

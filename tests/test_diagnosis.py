@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from vitprobe.profile import references
 from vitprobe.profile.analysis import analyze
 from vitprobe.profile.references import Reference, distance, load_references
 
-SELFISH = {
+SELFISH: dict[str, Any] = {
     "cls_self_attention": [0.02, 0.3, 0.5],
     "cls_entropy_share": [0.99, 0.98, 0.97],
     "patch_self_attention_ratio": [0.016, 0.05, 0.12],

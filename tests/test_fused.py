@@ -48,7 +48,7 @@ def run(view: AttentionView, value: Tensor, **options: Any) -> tuple[Tensor, Att
     assert view.query is not None and view.key is not None
     query, key, values = (tensor.to(DEVICE) for tensor in (view.query, view.key, value))
     bias = None if view.bias is None else view.bias.to(DEVICE)
-    options = {"blocks": BLOCKS} | options
+    options: dict[str, Any] = {"blocks": BLOCKS} | options
     found = attend_with_rows(query, key, values, view.scale, bias, view.layout, **options)
     assert found is not None
     return found[0].cpu(), replace(view, measured=_on_cpu(found[1]))

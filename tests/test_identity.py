@@ -6,6 +6,7 @@ import functools
 import io
 import re
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def unknown() -> VisionTransformer:
 
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-ONE = {"statistics": ["cls_to_patches"]}
+ONE: dict[str, Any] = {"statistics": ["cls_to_patches"]}
 REASON = "the weights of Unknown have no digest (_extra_state is a object)"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_a_draw_depends_on_seed_epoch_and_number() -> None:
 
 def test_order_batch_and_workers_change_no_crop() -> None:
     for split in (labelled(noise(12, 9, 9)), labelled(noise(12)), mixed_sizes(12)):
-        how = {"augment": Augmentation(), "seed": 5, "epoch": 1}
+        how: dict[str, Any] = {"augment": Augmentation(), "seed": 5, "epoch": 1}
         whole = together(list(batches(split, TRANSFORM, 12, **how)))
         order = shuffled(range(12), 0, 1)
         given = list(batches(split, TRANSFORM, 5, order=order, workers=1, **how))

@@ -35,8 +35,11 @@ def require_equal(moments: GroupMoments, means: np.ndarray, scaled: np.ndarray) 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
 @pytest.mark.parametrize("edges", [[0, 200], [0, 1, 1, 64, 90, 199, 200], list(range(201))], ids=["whole", "few", "1"])
 @pytest.mark.parametrize(("grouped", "known"), [(False, False), (True, False), (True, True)])
-def test_parts_give_what_numpy_gives_of_the_whole(grouped: bool, known: bool, edges: list[int], offset: float) -> None:
-    values, groups = drawn(grouped)
+@pytest.mark.parametrize("shape", [(3, 2), ()], ids=str)
+def test_parts_give_what_numpy_gives_of_the_whole(
+    shape: tuple[int, ...], grouped: bool, known: bool, edges: list[int], offset: float
+) -> None:
+    values, groups = drawn(grouped, shape)
     values += offset
     moments = GroupMoments(group_sizes(groups) if known else None, alone=not grouped)
     for start, stop in itertools.pairwise(edges):

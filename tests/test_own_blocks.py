@@ -252,7 +252,7 @@ def test_blocks_of_several_classes(given: bool) -> None:
         block.load_state_dict(model.blocks[number].state_dict())
         model.blocks[number] = block.eval()
     plain = hand_made(depth=3)
-    options = {"blocks": list(model.blocks)} if given else {}
+    options: dict[str, Any] = {"blocks": list(model.blocks)} if given else {}
     expected, found = tokens(plain), tokens(model, **options)
     assert load_model(model, **options).anatomy.blocks == tuple(model.blocks)
     for block in range(3):

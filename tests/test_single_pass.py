@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_hard_cases(case: str, asks: str) -> None:
         return
     assert kernel == asks and call.output is not None
     A = reference_attention(view.query, view.key, view.scale, view.bias)
-    bound = {"max_logit": largest_logit(view.query, view.key, view.scale, view.bias)}
+    bound: dict[str, Any] = {"max_logit": largest_logit(view.query, view.key, view.scale, view.bias)}
     if case == "the least number as a mask":
         bound = {"max_logit": 100.0}  # the mask is no logit
     right = A @ value.double().numpy()

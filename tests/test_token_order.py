@@ -324,7 +324,7 @@ class Overlapping(AnyOrder):
 def test_overlapping_patches_found_or_given(said: dict[str, Any]) -> None:
     model = randomize(Overlapping()).eval()
     layout = TokenLayout((5, 2), has_cls=True, patch_size=(12, 12))
-    given = {"layout": layout, "blocks": list(model.blocks)}
+    given: dict[str, Any] = {"layout": layout, "blocks": list(model.blocks)}
     loaded = load_model(model, **{name: given[name] for name in said})
     assert loaded.layout == layout
     assert loaded.transform.size == (64, 32)  # what the patch embedding takes, not 60 by 24

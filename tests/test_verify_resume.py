@@ -73,7 +73,7 @@ def test_what_was_broken_off_goes_on_and_ends_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     protocol, owner, name, count = MOMENTS[moment]
-    options = {"aggregators": ["cls", "gap"]} if protocol is KNN else {}
+    options: dict[str, Any] = {"aggregators": ["cls", "gap"]} if protocol is KNN else {}
     run(tmp_path / "whole", protocol, **options)
     with monkeypatch.context() as patched:
         target = sys.modules[owner] if isinstance(owner, str) else owner

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 # zoo/ is beside the package, not in it; at the end, so that the installed vitprobe wins
 sys.path.append(str(Path(__file__).parent.parent))
@@ -17,7 +18,7 @@ def tiny(method: str, **changes) -> Recipe:
         architecture["patch_size"] = 4  # the least number of patches that they mask in one block is 4
     if method == "ijepa":
         architecture |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    small = {"decoder_dim": 24, "head_hidden": 8, "head_dim": 8, "prototypes": 16}
+    small: dict[str, Any] = {"decoder_dim": 24, "head_hidden": 8, "head_dim": 8, "prototypes": 16}
     return Recipe(
         name=f"tiny_{method}", method=method, epochs=3, batch_size=4, architecture=architecture, **small | changes
     )

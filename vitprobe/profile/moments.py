@@ -108,7 +108,7 @@ class GroupMoments:
     @property
     def defined(self) -> Bool[np.ndarray, "*shape"]:
         """Whether every group has a finite value on the scale."""
-        return np.asarray(self._undefined) == 0
+        return np.asarray(self._undefined == 0)
 
     @property
     def mean(self) -> Float[np.ndarray, "*shape"]:
