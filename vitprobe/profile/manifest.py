@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -71,6 +72,7 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
+@cache  # reading an installed package's metadata takes a hundredth of a second
 def package_version(name: str) -> str | None:
     """An installed package's version, None where it has no metadata."""
     try:
