@@ -25,6 +25,7 @@ from vitprobe.data.sources import open_images
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.loading import load_model
+from vitprobe.models.meta import on_meta
 from vitprobe.models.tokens import TokenLayout
 from vitprobe.probing.protocols import Protocol
 from vitprobe.probing.saved import load_probe
@@ -33,6 +34,7 @@ from vitprobe.probing.tokens import FrozenModel
 from vitprobe.probing.verify import verify
 from vitprobe.profile.analysis import analyze
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 COUNTS = (1, 2, 4, 6, 13)
 FEW = {"statistics": ["cls_entropy"], "device": "cpu"}
 
@@ -63,7 +65,7 @@ def file_of(content: np.ndarray) -> io.BytesIO:
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224",
                                   "vit_small_r26_s32_224", "naflexvit_base_patch16_gap"])  # fmt: skip
 def test_channels_are_those_of_the_patch_embedding(name: str, channels: int) -> None:
-    with torch.device("meta"):
+    with on_meta():
         module = timm.create_model(name, in_chans=channels, depth=1)
     assert find_anatomy(module).channels == channels
 

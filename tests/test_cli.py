@@ -20,6 +20,7 @@ from helpers import hear_ctrl_c
 from vitprobe.cli import main
 from vitprobe.profile.profile import Profile
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 VITPROBE = str(Path(sys.executable).with_name("vitprobe"))  # as pip installs it
 
 
@@ -80,7 +81,7 @@ def test_the_first_command_of_the_readme(tmp_path):
         assert len(pd.read_csv(root / name / "summary.csv")) == len(pd.read_parquet(root / name / "summary.parquet"))
 
 
-def test_one_model_on_a_folder_writes_the_run_into_out(folder, tmp_path):
+def test_one_model_on_a_folder_writes_the_run_into_out(folder, tmp_path, drawn):
     result = invoke("analyze", "--model", "mae_vit_nano", "--data", folder, "--num-images", 4, "--out", "run")
     assert result.exit_code == 0, result.output
     assert "mae_vit_nano (MIM), 4 images; mean over heads [95 % interval]" in result.stdout
@@ -101,9 +102,9 @@ def test_the_table_holds_the_numbers_of_the_run(folder):
 
 
 def test_a_model_without_cls_says_what_is_undefined(folder):
-    model = vitprobe.load_model("vit_base_patch16_siglip_gap_224", pretrained=False, img_size=64)
-    torch.save(model.module.state_dict(), "siglip.pth")
-    result = invoke("analyze", "--checkpoint", "siglip.pth", "--arch", "vit_base_patch16_siglip_gap_224",
+    model = vitprobe.load_model("vit_wee_patch16_reg1_gap_256", pretrained=False, img_size=64)
+    torch.save(model.module.state_dict(), "wee.pth")
+    result = invoke("analyze", "--checkpoint", "wee.pth", "--arch", "vit_wee_patch16_reg1_gap_256",
                     "--img-size", 64, "--data", folder, "--num-images", 2, "--out", "run")  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "patch self-attention" in result.stdout
@@ -122,9 +123,9 @@ def test_skipped_images_are_said(folder):
     assert "skipped 1 image(s) that could not be read; the first: bad.jpg (" in " ".join(result.stderr.split())
 
 
-def test_figures_draws_runs_together_and_any_statistic(folder):
+def test_figures_draws_runs_together_and_any_statistic(folder, drawn):
     for name in ("mae_vit_nano", "supervised_vit_nano"):
-        assert invoke("analyze", "--model", name, "--data", folder, "--out", name).exit_code == 0
+        vitprobe.analyze(name, folder, out=name)
     result = invoke("figures", "mae_vit_nano", "supervised_vit_nano", "--out", "drawn")
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == len(list(Path("drawn").iterdir())) == 9
@@ -424,7 +425,7 @@ def test_ctrl_c_exits_with_130_and_finished_shards_stay(tmp_path):
     images = tmp_path / "many"
     images.mkdir()
     for i in range(300):
-        Image.fromarray(rng.integers(0, 256, (300, 300, 3), dtype=np.uint8)).save(images / f"{i}.png")
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(images / f"{i}.png")
     command = [VITPROBE, "analyze", "--model", "mae_vit_nano", "--data", str(images), "--out", "run",
                "--batch-size", "1", "--workers", "0"]  # fmt: skip
     running = subprocess.Popen(

@@ -28,6 +28,7 @@ from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.protocols import PROTOCOLS
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FIGURES = {f"selective_aggregation.{kind}" for kind in ("pdf", "svg", "png")}
 KNN = PROTOCOLS["knn"]
 NAMES = {"fast": "bank", "cached": "cached", "knn": "knn", "logistic": "logistic"}
@@ -59,7 +60,7 @@ def files(folder: str = "run") -> dict[str, bytes]:
     }
 
 
-def test_the_table_the_figure_and_the_folder() -> None:
+def test_the_table_the_figure_and_the_folder(drawn: None) -> None:
     result = run()
     said = succeeds(result)
     table = pd.read_csv("run/accuracy.csv")

@@ -14,6 +14,7 @@ from vitprobe.errors import UserError
 from vitprobe.models import hub
 from vitprobe.models.entries import ADDRESSES, BUNDLED_ARCHITECTURES, BUNDLED_CLASSES, NORMALISATIONS, PARADIGMS
 from vitprobe.models.hub import address_path, hub_repository
+from vitprobe.models.meta import on_meta
 from vitprobe.models.registry import COLUMNS, all_specs, find_spec, list_models, nearest, status
 
 TIMM = [spec for spec in all_specs() if spec.source.startswith("timm:")]
@@ -86,7 +87,7 @@ def test_every_method_is_there(method, count):
 def test_clip_is_built_with_the_activation_it_was_trained_with():
     for spec in TIMM:
         if spec.method == "CLIP":
-            with torch.device("meta"):
+            with on_meta():
                 module = timm.create_model(spec.architecture)
             assert type(module.blocks[0].mlp.act).__name__ == "QuickGELU"
 

@@ -84,6 +84,7 @@ def test_a_probe_below_its_anchor_is_said_everywhere(tmp_path: Path) -> None:
     assert manifest["anchors"]["gap@block1"]["accuracy"] == anchor
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_command_line_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vitprobe.probing.protocols import PROTOCOLS
 

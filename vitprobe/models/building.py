@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from vitprobe.errors import UserError
 from vitprobe.models.anatomy.find import find_anatomy
@@ -17,13 +15,12 @@ from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.anatomy.unsupported import ISOTROPIC
 from vitprobe.models.configs import describe_images
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, NORMALISATIONS, ModelSpec
+from vitprobe.models.meta import on_meta
 from vitprobe.models.official.architectures import create_official
 from vitprobe.models.official.entries import OFFICIAL
 from vitprobe.models.registry import all_specs, find_spec, nearest
 
 ImageSize = int | tuple[int, int] | None
-# In place, of a tensor whose shape, precision and device they keep.
-_DRAWING = frozenset({"normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_"})
 
 
 def architecture_of(name: str) -> str:
@@ -60,26 +57,13 @@ def _with_weights() -> list[str]:
     return sorted({name.partition(".")[0] for of_module in names for name in of_module})
 
 
-class _WithoutValues(TorchFunctionMode):
-    """Leaves out what would draw or scale the values of tensors on the meta device, which have none.
-
-    torch works these out in Python there: they would take most of the time of an outline.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        drawn = getattr(func, "__name__", "") in _DRAWING
-        if drawn and args and isinstance(args[0], torch.Tensor) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def outline(architecture: str, *, img_size: ImageSize = None, **options: Any) -> nn.Module:
     """The architecture on the meta device: names and shapes without memory, so that a mistake shows before a download.
 
     Args and Raises: as `build`.
     """
     size = None if img_size is None else pair(img_size)
-    with torch.device("meta"), _WithoutValues():
+    with on_meta():
         module = _create(architecture, None, **options)
     require_size(find_anatomy(module), size, architecture)
     return module
