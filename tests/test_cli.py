@@ -8,15 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from PIL import Image
 
 import vitprobe
-from helpers import hear_ctrl_c
+from helpers import hear_ctrl_c, write_noise
 from vitprobe.cli import main
 from vitprobe.profile.profile import Profile
 
@@ -46,12 +44,7 @@ def assert_fails_with_one_line(result: Result, *words: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    images = tmp_path / "images"
-    images.mkdir()
-    for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(images / f"{i}.png")
-    return images
+    return write_noise(tmp_path / "images", 6)
 
 
 @pytest.fixture(autouse=True)
@@ -421,11 +414,7 @@ def test_an_error_of_ours_is_not_dressed_up_as_the_users(monkeypatch):
 
 
 def test_ctrl_c_exits_with_130_and_finished_shards_stay(tmp_path):
-    rng = np.random.default_rng(0)
-    images = tmp_path / "many"
-    images.mkdir()
-    for i in range(300):
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(images / f"{i}.png")
+    images = write_noise(tmp_path / "many", 300, 64, 64)
     command = [VITPROBE, "analyze", "--model", "mae_vit_nano", "--data", str(images), "--out", "run",
                "--batch-size", "1", "--workers", "0"]  # fmt: skip
     running = subprocess.Popen(

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from helpers import SIZES
 from vitprobe.cli.group import main
 from vitprobe.errors import UserError
 from vitprobe.models import hub
@@ -23,14 +24,6 @@ from vitprobe.models.loading import load_model, require_loadable
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
 SETTINGS = {
     "image_processor_type": "ViTImageProcessor",
     "size": {"height": 32, "width": 32},
