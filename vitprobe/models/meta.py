@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # In place, of a tensor whose shape, precision and device they keep.
-_DRAWING = frozenset({"normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_"})
+_OF_TENSORS = ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
+_OF_INIT = ("kaiming_uniform_", "kaiming_normal_", "constant_")  # of torch.nn.init, which calls its argument "tensor"
+_DRAWING = frozenset((*_OF_TENSORS, *_OF_INIT))
 
 
 @contextmanager
@@ -28,7 +30,9 @@ class _WithoutValues(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        drawn = getattr(func, "__name__", "") in _DRAWING
-        if drawn and args and isinstance(args[0], Tensor) and args[0].is_meta:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if getattr(func, "__name__", "") in _DRAWING:
+            tensor = args[0] if args else given.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **given)
