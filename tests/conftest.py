@@ -23,3 +23,15 @@ settings.load_profile("vitprobe")
 def _seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For a test that reads the figures which a command writes, in a file where `undrawn` serves the others."""
+
+
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are composed and their files written, but nothing is rendered into them, which takes seconds."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("vitprobe.figures.saving._render", lambda figure, kind: kind.encode())

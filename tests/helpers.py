@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -25,6 +30,14 @@ from vitprobe.layout import TokenLayout
 
 Model = TypeVar("Model", bound=nn.Module)
 SMALL = {"img_size": 32, "patch_size": 8}
+SIZES = {  # the same small model, as the configs of transformers say it
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 TOLERANCE = 1e-4  # the project's error bound; float32 against float64
 
 
@@ -103,6 +116,15 @@ def images(batch: int = 2, height: int = 32, width: int | None = None, seed: int
     return torch.randn(batch, 3, height, width or height, generator=torch.Generator().manual_seed(seed))
 
 
+def write_noise(folder: Path, count: int, height: int = 40, width: int = 40) -> Path:
+    """Makes a folder of so many pictures of noise: 00.png, 01.png …"""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
 def random_view(
     layout: TokenLayout,
     *,
@@ -160,6 +182,18 @@ def state_of(model: nn.Module) -> list[Any]:
 def hear_ctrl_c() -> None:
     """For `preexec_fn` of a process that is to be sent SIGINT: what runs in the background of a shell ignores it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def serving(handler: Callable[..., Any], **what: Any) -> Iterator[Any]:
+    """An HTTP server on this machine, its address and `what` among its attributes, until the block ends."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:  # type: ignore[arg-type]
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        vars(running).update(what, address=f"http://127.0.0.1:{running.server_port}")
+        yield running
+        running.shutdown()
+        thread.join()
 
 
 def message(error: pytest.ExceptionInfo[UserError]) -> str:

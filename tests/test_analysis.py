@@ -15,15 +15,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch.utils.data import DataLoader, TensorDataset
 
-from helpers import hear_ctrl_c
+from helpers import hear_ctrl_c, write_noise
 from vitprobe.errors import UserError
 from vitprobe.frozen.device import choose_batch_size, choose_device, free_memory
+from vitprobe.frozen.forward import Measurement
 from vitprobe.profile.analysis import analyze
-from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
 from vitprobe.statistics import STATISTICS
 
@@ -36,12 +35,7 @@ def vit() -> VisionTransformer:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    images = tmp_path / "images"
-    images.mkdir()
-    for i in range(10):
-        Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(images / f"{i:02d}.png")
-    return images
+    return write_noise(tmp_path / "images", 10, 40, 50)
 
 
 def values(profile: Profile) -> dict[str, np.ndarray]:

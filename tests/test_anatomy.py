@@ -19,6 +19,7 @@ from torch import nn
 from vitprobe.errors import AttentionNotSeenError
 from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.find import find_anatomy
+from vitprobe.models.meta import on_meta
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 0}
 NAFLEX: dict[str, Any] = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -168,7 +169,7 @@ def test_every_isotropic_family_of_timm_has_a_layout():
         "vit_base_patch16_clip_quickgelu_224": (True, 0, (14, 14)),
     }
     for name, (has_cls, registers, grid) in expected.items():
-        with torch.device("meta"):
+        with on_meta():
             layout = token_layout(timm.create_model(name))
         assert (layout.has_cls, layout.num_registers, layout.grid) == (has_cls, registers, grid), name
 

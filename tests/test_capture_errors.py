@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from helpers import OwnModel, captured, message, tiny_vit
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks.capture import capture
+from vitprobe.models.meta import on_meta
 
 
 def test_no_forward_pass_yet() -> None:
@@ -121,7 +122,7 @@ def test_what_is_no_model() -> None:
     ],
 )
 def test_families_that_are_not_isotropic_are_refused_on_entering_with_the_reason(name: str, reason: str) -> None:
-    with torch.device("meta"):
+    with on_meta():
         model = timm.create_model(name)
     with pytest.raises(AttentionNotSeenError) as error:
         capture(model)

@@ -19,6 +19,7 @@ from reference import BLOCKS, ONE_SUM_BLOCKS
 from vitprobe.errors import AttentionNotSeenError
 from vitprobe.hooks.capture import Capture, capture
 from vitprobe.models.anatomy.unsupported import CONVOLUTIONAL, ISOTROPIC, REASONS
+from vitprobe.models.meta import on_meta
 
 DIFFERENTIAL = {
     "vit_dlittle_patch16_reg1_gap_256",
@@ -109,13 +110,13 @@ def difference(left: dict[str, set[str]], right: dict[str, set[str]]) -> list[st
 # Every model, on the meta device: no weights, no arithmetic -----------------------------------------------------------
 
 
-def on_meta(name: str, **options: int) -> nn.Module:
-    with torch.device("meta"):
+def outlined(name: str, **options: int) -> nn.Module:
+    with on_meta():
         return timm.create_model(name, **options).eval()
 
 
 def captured_on_meta(name: str, **options: int) -> Capture:
-    model = on_meta(name, **options)
+    model = outlined(name, **options)
     return captured(model, torch.empty(1, *model.pretrained_cfg["input_size"], device="meta"))
 
 
@@ -150,7 +151,7 @@ def test_every_isotropic_model_of_timm_is_seen(family: str) -> None:
 def test_every_other_family_of_timm_is_refused_on_entering(family: str) -> None:
     name = timm.list_models(module=family)[0]
     with pytest.raises(AttentionNotSeenError) as error:
-        capture(on_meta(name))
+        capture(outlined(name))
     text = message(error)
     assert text.startswith(f"{name} (") and "cannot be captured: " in text
     assert text.endswith("; use an isotropic Vision Transformer (vitprobe models)")
@@ -162,7 +163,7 @@ def test_every_other_family_of_timm_is_refused_on_entering(family: str) -> None:
 def test_every_other_model_of_timm_is_refused_on_entering(family: str) -> None:
     for name in timm.list_models(module=family):
         with pytest.raises(AttentionNotSeenError, match="cannot be captured: "):
-            capture(on_meta(name))
+            capture(outlined(name))
 
 
 def test_a_family_that_is_newer_than_we_are_is_refused() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import message, tiny_vit
+from made_squares import BANK
 from vitprobe.cli import main
 from vitprobe.data.bands import Wanted
 from vitprobe.data.decoding import BadChannelsError, BadImageError, decode
@@ -25,12 +26,15 @@ from vitprobe.errors import UserError
 from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.loading import load_model
+from vitprobe.models.meta import on_meta
+from vitprobe.probing.protocols import Protocol
 from vitprobe.probing.saved import load_probe
 from vitprobe.probing.tap import Tap
 from vitprobe.probing.tokens import FrozenModel
 from vitprobe.probing.verify import verify
 from vitprobe.profile.analysis import analyze
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 COUNTS = (1, 2, 4, 6, 13)
 FEW = {"statistics": ["cls_entropy"], "device": "cpu"}
 
@@ -61,8 +65,8 @@ def file_of(content: np.ndarray) -> io.BytesIO:
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "beit_base_patch16_224", "eva02_tiny_patch14_224",
                                   "vit_small_r26_s32_224", "naflexvit_base_patch16_gap"])  # fmt: skip
 def test_channels_are_those_of_the_patch_embedding(name: str, channels: int) -> None:
-    with torch.device("meta"):
-        module = timm.create_model(name, in_chans=channels)
+    with on_meta():
+        module = timm.create_model(name, in_chans=channels, depth=1)
     assert find_anatomy(module).channels == channels
 
 
@@ -294,8 +298,8 @@ def test_the_packaged_photographs() -> None:
     assert "--data of 6 channels" in message(caught)
 
 
-@pytest.mark.parametrize(("channels", "protocol"), [(1, "knn"), (6, "logistic"), (6, "fast")])
-def test_verify_takes_the_models_channels(tmp_path: Path, channels: int, protocol: str) -> None:
+@pytest.mark.parametrize(("channels", "protocol"), [(1, "knn"), (6, "logistic"), (6, BANK)])
+def test_verify_takes_the_models_channels(tmp_path: Path, channels: int, protocol: str | Protocol) -> None:
     for part, count in (("train", 12), ("val", 4)):
         for label in range(2):
             folder = tmp_path / part / f"c{label}"
@@ -303,7 +307,7 @@ def test_verify_takes_the_models_channels(tmp_path: Path, channels: int, protoco
             for number in range(count):
                 x = bands(channels, 100 * label + number + 50 * (part == "val"), side=32) // 2 + 120 * label
                 np.save(folder / f"{number}.npy", x.astype(np.uint8))
-    found = verify(vit(channels), tmp_path, ["cls"], protocol=protocol, mean=0.5, std=0.25, device="cpu")
+    found = verify(vit(channels), tmp_path, ["cls"], protocol=protocol, mean=0.5, std=0.25, device="cpu", workers=0)
     assert found.num_images == 8
     assert found.manifest["transform"]["mean"] == [0.5] * channels
 
@@ -316,7 +320,8 @@ def test_a_saved_probe_prepares_pictures_as_its_run_did(tmp_path: Path) -> None:
                 x = bands(6, 100 * label + number + 50 * (part == "val"), side=32) // 2 + 120 * label
                 np.save(tmp_path / "data" / part / f"c{label}" / f"{number}.npy", x.astype(np.uint8))
     model, mean, std = vit(6), [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0.2]
-    verify(model, tmp_path / "data", ["cls"], mean=mean, std=std, out=tmp_path / "run", device="cpu")
+    given = {"protocol": BANK, "mean": mean, "std": std, "device": "cpu", "workers": 0}
+    verify(model, tmp_path / "data", ["cls"], out=tmp_path / "run", **given)
     probe = load_probe(next((tmp_path / "run" / "probes").iterdir()), model)
     np.save(tmp_path / "x.npy", bands(6, side=32))
     pixels = (bands(6, side=32).astype(np.float64) / 255 - mean) / 0.2

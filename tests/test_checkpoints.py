@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from vitprobe.errors import UserError
 from vitprobe.models import checkpoints
 from vitprobe.models.checkpoints import classifier_size, load_into, read_checkpoint, strip_prefix
+from vitprobe.models.meta import on_meta
 from vitprobe.models.pickles import Foreign, TensorRecord, unpickle
 
 ZIP_AND_LEGACY = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -752,7 +753,7 @@ def test_attention_pooling_goes_where_the_model_has_none():
     ],
 )
 def test_the_translation_is_the_one_that_timm_asks_for(architecture, home, options):
-    with torch.device("meta"):
+    with on_meta():
         module = timm.create_model(architecture)
     translation = checkpoints._translation(module, {})
     assert (translation.func.__module__, translation.keywords) == (home, options)  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.protocols import PROTOCOLS
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 FIGURES = {f"selective_aggregation.{kind}" for kind in ("pdf", "svg", "png")}
 KNN = PROTOCOLS["knn"]
 NAMES = {"fast": "bank", "cached": "cached", "knn": "knn", "logistic": "logistic"}
@@ -59,7 +60,7 @@ def files(folder: str = "run") -> dict[str, bytes]:
     }
 
 
-def test_the_table_the_figure_and_the_folder() -> None:
+def test_the_table_the_figure_and_the_folder(drawn: None) -> None:
     result = run()
     said = succeeds(result)
     table = pd.read_csv("run/accuracy.csv")
@@ -93,7 +94,9 @@ def test_the_other_protocols(protocol: str) -> None:
 
 def test_aggregators_with_options_blocks_and_norm() -> None:
     names = ["--aggregator", "cls", "--aggregator", "abmilp(depth=2,activation=tanh)"]
-    said = succeeds(run(*names, "--block", -1, "--norm", "--seed", 3, "--dtype", "bfloat16"))
+    write_squares(Path("few"), 8, 4)  # bfloat16 is slow on many CPUs
+    options = ["--block", -1, "--norm", "--seed", 3, "--dtype", "bfloat16", "--data", "few"]
+    said = succeeds(run(*names, *options))
     table = pd.read_csv("run/accuracy.csv")
     assert list(table["label"]) == [
         f"{name}@block{block}+norm" for block in (0, 11) for name in ("cls", "abmilp(depth=2,activation=tanh)")

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from helpers import SIZES
 from vitprobe.cli.group import main
 from vitprobe.errors import UserError
 from vitprobe.models import downloads
@@ -23,14 +24,7 @@ from vitprobe.models.loading import load_model, require_loadable
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
+ARCH = "test_vit"  # of timm, for its own tests: 0.4 million weights, images of 160 px
 SETTINGS = {
     "image_processor_type": "ViTImageProcessor",
     "size": {"height": 32, "width": 32},
@@ -126,7 +120,7 @@ def test_which_of_a_folder_and_the_hub(tmp_path):
 
 def test_timms_folders():
     torch.manual_seed(0)
-    module = timm.create_model("vit_tiny_patch16_224", num_classes=3)
+    module = timm.create_model(ARCH, num_classes=3)
     save_for_hf(module, "w/timm", model_config={"num_classes": 3})
     for name in ("w/timm", "./w/timm", "hf-hub:./w/timm", "local-dir:w/timm"):
         model = load_model(name)
@@ -140,7 +134,7 @@ def test_timms_folders():
 
 
 def test_timm_saved_by_transformers():
-    given = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 224, 224]}}
+    given = {"architecture": ARCH, "num_classes": 0, "pretrained_cfg": {"input_size": [3, 160, 160]}}
     torch.manual_seed(0)
     module = transformers.TimmWrapperModel(transformers.TimmWrapperConfig.from_dict(given))
     module.save_pretrained("w")
@@ -167,15 +161,15 @@ def test_folders_that_are_none():
 
 
 def test_advice_on_folders_and_files_leads_out():
-    state = timm.create_model("vit_tiny_patch16_224", num_classes=0).state_dict()
+    state = timm.create_model(ARCH, num_classes=0).state_dict()
     Path("w/files").mkdir(parents=True)
     save_file(state, "w/files/model.safetensors")
     said = refusal("w/files")
     advice = re.search(r"give the file (\S+) with its architecture \(--arch NAME\)$", said)
     assert advice is not None
-    assert load_model(advice[1], arch="vit_tiny_patch16_224").layout.grid == (14, 14)
+    assert load_model(advice[1], arch=ARCH).layout.grid == (10, 10)
     vit().save_pretrained("w/hf")
-    said = refusal("vit_tiny_patch16_224", checkpoint="w/hf")
+    said = refusal(ARCH, checkpoint="w/hf")
     advice = re.search(r"give it as --model (\S+)$", said)
     assert advice is not None
     assert load_model(advice[1]).layout.grid == (4, 4)
@@ -240,11 +234,11 @@ def test_no_code_in_a_folder_is_run(where):
 
 def shards(folder: str = "w/shards", kind: str = "model", ending: str = "safetensors") -> tuple[Any, list[Path]]:
     torch.manual_seed(0)
-    module = timm.create_model("vit_tiny_patch16_224", num_classes=0)
+    module = timm.create_model(ARCH, num_classes=0)
     state, place = module.state_dict(), Path(folder)
     place.mkdir(parents=True)
     names = [f"{kind}-0000{number}-of-00002.{ending}" for number in (1, 2)]
-    parts = [dict(list(state.items())[:80]), dict(list(state.items())[80:])]
+    parts = [dict(list(state.items())[:40]), dict(list(state.items())[40:])]
     for name, part in zip(names, parts, strict=True):
         (save_file if ending == "safetensors" else torch.save)(part, place / name)
     places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
@@ -256,25 +250,23 @@ def shards(folder: str = "w/shards", kind: str = "model", ending: str = "safeten
 def test_an_index_is_a_checkpoint_file(kind, ending):
     module, files = shards(kind=kind, ending=ending)
     for file in files:
-        said = refusal(file, arch="vit_tiny_patch16_224")
+        said = refusal(file, arch=ARCH)
         assert said.startswith(f"{file} is one of 2 files that hold the weights together: give their index, ")
         index = said.rpartition(" ")[2]
-        model = load_model(index, arch="vit_tiny_patch16_224")
+        model = load_model(index, arch=ARCH)
         assert weights_sha256(model.module) == weights_sha256(module)
         assert (model.spec.name, model.spec.source) == (kind, f"file:{Path(index).name}")
     said = refusal("w/shards")
     assert re.search(r"give the file (\S+) with", said)[1] == index  # type: ignore[index]
     files[1].unlink()
-    assert refusal(index, arch="vit_tiny_patch16_224") == (
-        f"{index} lists 2 files, and 1 of them are not beside it: {files[1].name}"
-    )
+    assert refusal(index, arch=ARCH) == (f"{index} lists 2 files, and 1 of them are not beside it: {files[1].name}")
     Path(index).unlink()
-    assert refusal(files[0], arch="vit_tiny_patch16_224").endswith(
+    assert refusal(files[0], arch=ARCH).endswith(
         f"give their index, {index} (it is not here, but beside them where they are from)"
     )
     only = files[0].with_name(files[0].name.replace("-of-00002", "-of-00001"))
     files[0].rename(only)
-    assert "70 missing" in refusal(only, arch="vit_tiny_patch16_224")
+    assert "38 missing" in refusal(only, arch=ARCH)
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": {}}', '{"weight_map": 3}', "[]"])

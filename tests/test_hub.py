@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import constants, errors
 from safetensors.torch import save_file
 
+from helpers import serving
 from vitprobe.errors import UserError
 from vitprobe.models import downloads, network
 from vitprobe.models.identity import weights_sha256
@@ -79,14 +80,8 @@ def server():
 
     answers: dict[str, tuple[int, dict[str, str], bytes]] = {}
     seen: list[str] = []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        running.answers, running.seen = answers, seen  # type: ignore[attr-defined]
-        running.address = f"http://127.0.0.1:{running.server_port}"  # type: ignore[attr-defined]
+    with serving(Handler, answers=answers, seen=seen) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def put_in_hub_cache(cache: Path, repository: str, files: dict[str, bytes | dict[str, torch.Tensor]]) -> None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from helpers import assert_all_close, captured, images, message, randomize, state_of
+from helpers import SIZES, assert_all_close, captured, images, message, randomize, state_of
 from reference import BlockTokens, reference_statistics
 from vitprobe.errors import AttentionNotSeenError, UserError
 from vitprobe.hooks import transformers_kernels
@@ -32,14 +32,6 @@ from vitprobe.models.transformers_images import _share
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "image_size": 32,
-    "patch_size": 8,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
 # model's name: (config's name, more of the config, prefix tokens, [cls], registers)
 MODELS: dict[str, tuple[str, dict[str, Any], int, bool, int]] = {
     "ViTModel": ("ViTConfig", {}, 1, True, 0),

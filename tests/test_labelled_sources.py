@@ -17,12 +17,14 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from helpers import message, tiny_vit
+from made_squares import BANK
 from vitprobe.cli import main
 from vitprobe.data.labelled import LabelledData, open_labelled
 from vitprobe.errors import UserError
 from vitprobe.probing.knn import fitting
 from vitprobe.probing.verify import verify
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CLASSES = ("cat", "dog", "owl")
 
 
@@ -237,7 +239,7 @@ def test_a_pair_of_dataloaders(tmp_path: Path) -> None:
     data = open_labelled((loader(20), loader(10, seed=1)))
     assert data.classes == ("0", "1") and (len(data.train), len(data.test)) == (20, 10)
     assert torch.equal(data.test.images.read(3), loader(10, seed=1).dataset[3][0])
-    for protocol in ("logistic", "knn", "fast"):
+    for protocol in ("logistic", "knn", BANK):
         assert verify(tiny_vit(), (loader(20), loader(10, seed=1)), ["cls"], protocol=protocol, device="cpu").num_images
     as_dict = DataLoader([{"pixel_values": x, "labels": y} for x, y in loader(6).dataset], batch_size=3)  # type: ignore[arg-type]
     assert open_labelled((as_dict, loader(4, seed=1))).train.labels.tolist() == [0, 1] * 3

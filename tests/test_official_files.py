@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import http.server
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import timm
 import torch
 from torch import Tensor
 
-from helpers import message
+from helpers import message, serving
 from official_layouts import save, synthesise
 from vitprobe.errors import UserError
 from vitprobe.models import downloads
@@ -52,14 +51,8 @@ def server(tmp_path):
             seen.append(args[0])
 
     seen: list[str] = []
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        running.folder, running.seen = folder, seen  # type: ignore[attr-defined]
-        running.address = f"http://127.0.0.1:{running.server_port}"  # type: ignore[attr-defined]
+    with serving(Handler, folder=folder, seen=seen) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> dict[str, Any]:

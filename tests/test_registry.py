@@ -14,6 +14,7 @@ from vitprobe.errors import UserError
 from vitprobe.models import caches
 from vitprobe.models.caches import address_path
 from vitprobe.models.entries import ADDRESSES, BUNDLED_ARCHITECTURES, BUNDLED_CLASSES, NORMALISATIONS
+from vitprobe.models.meta import on_meta
 from vitprobe.models.paradigms import PARADIGMS
 from vitprobe.models.registry import COLUMNS, all_specs, find_spec, list_models, nearest, status
 from vitprobe.models.repositories import hub_repository
@@ -88,7 +89,7 @@ def test_every_method_is_there(method, count):
 def test_clip_is_built_with_the_activation_it_was_trained_with():
     for spec in TIMM:
         if spec.method == "CLIP":
-            with torch.device("meta"):
+            with on_meta():
                 module = timm.create_model(spec.architecture)
             assert type(module.blocks[0].mlp.act).__name__ == "QuickGELU"
 

@@ -22,6 +22,7 @@ from vitprobe.probing import Protocol
 from vitprobe.probing.saved import LoadedProbe
 
 ONE = Protocol(name="one", words="of a test", method="bank", batch_size=16, learning_rates=(1e-2,))
+FEW = squares(8, 4)
 NAMES = ("cls", "ep", "cls_attention", "abmilp_all(depth=2,activation=tanh)")
 
 
@@ -102,7 +103,7 @@ def test_a_model_given_in_python_has_to_be_given_again(verified: Any, tmp_path: 
     assert refusal(path) == (
         f"{path} was trained on a model given in Python: give the same with load_probe(path, model)"
     )
-    named = verify(load_model("random_vit_nano"), squares(), ["cls"], protocol=ONE, blocks=[0], out=tmp_path / "run")
+    named = verify(load_model("random_vit_nano"), FEW, ["cls"], protocol=ONE, blocks=[0], out=tmp_path / "run")
     assert len(named.results) == 1
     path = tmp_path / "run" / "probes" / "cls@block0-seed0.safetensors"
     assert "given in Python" in refusal(path)
@@ -136,7 +137,7 @@ def embedded(probe: LoadedProbe) -> torch.Tensor:
 def test_a_model_by_name_or_from_a_checkpoint_that_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(load_model("random_vit_nano").module.state_dict(), "w.pth")
-    options: Any = {"protocol": ONE, "blocks": [0], "data": squares(), "aggregators": ["cls"]}
+    options: Any = {"protocol": ONE, "blocks": [0], "data": FEW, "aggregators": ["cls"]}
     verify("random_vit_nano", out="named", **options)
     verify("random_vit_nano", checkpoint="w.pth", out="both", **options)
     verify("w.pth", arch="mae_vit_nano", out="file", **options)
@@ -158,7 +159,7 @@ def test_a_model_by_name_or_from_a_checkpoint_that_moves(tmp_path: Path, monkeyp
 def test_another_image_size_is_kept(tmp_path: Path) -> None:
     for size in (16, (16, 24)):
         out = tmp_path / str(size)
-        verify("random_vit_nano", squares(), ["cls"], protocol=ONE, blocks=[0], img_size=size, out=out)
+        verify("random_vit_nano", FEW, ["cls"], protocol=ONE, blocks=[0], img_size=size, out=out)
         probe = load_probe(out / "probes" / "cls@block0-seed0.safetensors")
         assert probe.model.transform.size == ((16, 16) if size == 16 else (16, 24))
         assert embedded(probe).shape == (6, 128)
@@ -166,13 +167,13 @@ def test_another_image_size_is_kept(tmp_path: Path) -> None:
 
 def test_an_oracle_comes_with_its_probe(tmp_path: Path) -> None:
     found = verify(
-        "random_vit_nano", squares(), ["oracle:mae_vit_nano"], protocol=ONE, blocks=[0], out=tmp_path, dtype="bfloat16"
+        "random_vit_nano", FEW, ["oracle:mae_vit_nano"], protocol=ONE, blocks=[0], out=tmp_path, dtype="bfloat16"
     )
     (path,) = (tmp_path / "probes").iterdir()
     assert path.name == "oracle_mae_vit_nano@block0-seed0.safetensors"
     probe = load_probe(path)
     assert probe.dtype == "bfloat16"
-    right = probe.classify(squares().test.images).argmax(dim=1).numpy() == found.labels
+    right = probe.classify(FEW.test.images).argmax(dim=1).numpy() == found.labels
     np.testing.assert_array_equal(right, found.results[0].top1[0])
 
 

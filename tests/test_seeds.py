@@ -60,14 +60,23 @@ class MadeFeed:
             yield Fed({TAP: TokenBatch(tokens, LAYOUT)}, self.labels[here], here, [])
 
 
-def specs(seeds: Sequence[int], names: Sequence[str] = ("cls", "gap", "abmilp")) -> list[ProbeSpec]:
+THREE = ("cls", "gap", "abmilp")
+
+
+def specs(seeds: Sequence[int], names: Sequence[str] = THREE) -> list[ProbeSpec]:
     return [ProbeSpec(name, TAP, "adamw", rate, 0.0, seed) for name in names for rate in (1e-2,) for seed in seeds]
 
 
 def training(
-    feed: Any, seeds: Sequence[int], steps: int = 24, echoes: int = 3, pool: int = 2, **options: Any
+    feed: Any,
+    seeds: Sequence[int],
+    steps: int = 24,
+    echoes: int = 3,
+    pool: int = 2,
+    names: Sequence[str] = THREE,
+    **options: Any,
 ) -> Training:
-    bank = Bank(specs(seeds), dim=DIM, layout=LAYOUT, num_classes=CLASSES, steps=steps, warmup_steps=2)
+    bank = Bank(specs(seeds, names), dim=DIM, layout=LAYOUT, num_classes=CLASSES, steps=steps, warmup_steps=2)
     settings = {"batch_size": feed.batch_size, "path": Path("nowhere"), "claim": lambda: None} | options
     made = Training(bank, feed, range(len(feed.labels)), steps, echoes=echoes, pool=pool, **settings)
     made.save = lambda: None  # type: ignore[method-assign]

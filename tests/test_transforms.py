@@ -15,6 +15,7 @@ from torch import nn
 
 from vitprobe.data.transforms import ImageTransform, model_transform
 from vitprobe.errors import UserError
+from vitprobe.models.meta import on_meta
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -40,7 +41,7 @@ def tiny() -> VisionTransformer:
 
 
 def build(name: str, **options) -> nn.Module:
-    with torch.device("meta"):
+    with on_meta():
         return timm.create_model(name, **options)
 
 

@@ -34,6 +34,21 @@ def run(out: Path, protocol: Any = BANK, **options: Any) -> Verification:
     return verify(protocol=protocol, out=out, **given | options)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of an unbroken run of a protocol, which several tests compare theirs with."""
+    made: dict[str, Path] = {}
+
+    def folder(protocol: Any = BANK, **options: Any) -> Path:
+        key = f"{protocol.name} {options}"
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("whole")
+            run(made[key], protocol, **options)
+        return made[key]
+
+    return folder
+
+
 def refusal(out: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
         run(out, **options)
@@ -70,11 +85,11 @@ MOMENTS = {  # what is called when the error comes, and which call of it
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_what_was_broken_off_goes_on_and_ends_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[..., Path], moment: str
 ) -> None:
     protocol, owner, name, count = MOMENTS[moment]
     options: dict[str, Any] = {"aggregators": ["cls", "gap"]} if protocol is KNN else {}
-    run(tmp_path / "whole", protocol, **options)
+    unbroken = whole(protocol, **options)
     with monkeypatch.context() as patched:
         target = sys.modules[owner] if isinstance(owner, str) else owner
         stop_at(patched, target, name, count, KeyboardInterrupt())
@@ -84,14 +99,14 @@ def test_what_was_broken_off_goes_on_and_ends_the_same(
         with pytest.raises(UserError, match=r"is not finished \(there is no correctness.safetensors\)|holds no run"):
             Verification.load(tmp_path / "run")
     again = run(tmp_path / "run", protocol, **options)
-    assert kept(tmp_path / "run") == kept(tmp_path / "whole")
-    whole = json.loads((tmp_path / "whole" / "manifest.json").read_text())
+    assert kept(tmp_path / "run") == kept(unbroken)
+    theirs = json.loads((unbroken / "manifest.json").read_text())
     mine = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert mine == json.loads(json.dumps(again.manifest))
     for key in ("status", "data", "diverged", "undefined", "protocol", "model"):
-        assert mine[key] == whole[key]
+        assert mine[key] == theirs[key]
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {path.name for path in (tmp_path / "whole").iterdir()}
+    assert names == {path.name for path in unbroken.iterdir()}
     assert not names & {"training.safetensors", "tokens"} and not list((tmp_path / "run").rglob("*.partial"))
 
 
@@ -196,25 +211,24 @@ def test_an_image_size_is_the_same_after_json(tmp_path: Path) -> None:
     assert "img_size [32, 32], not none" in refusal(tmp_path)
 
 
-def test_broken_state_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_state_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[..., Path]) -> None:
     with monkeypatch.context() as patched:
         stop_at(patched, Bank, "train_step", 3, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     state = tmp_path / "training.safetensors"
-    whole = state.read_bytes()
-    for broken in (b"", whole[:200], whole[:-1]):
+    content = state.read_bytes()
+    for broken in (b"", content[:200], content[:-1]):
         state.write_bytes(broken)
         said = refusal(tmp_path)
         assert said.startswith(f"{state} cannot be read (") and said.endswith("; start anew with --overwrite")
-    state.write_bytes(whole.replace(b'\\"steps\\": 6', b'\\"steps\\": 7'))
+    state.write_bytes(content.replace(b'\\"steps\\": 6', b'\\"steps\\": 7'))
     assert refusal(tmp_path) == (
         "the saved training is one of other probes or another schedule: resume with its settings"
     )
     state.unlink()
     run(tmp_path)
-    run(tmp_path / "whole")
-    assert {name: content for name, content in kept(tmp_path).items()} == kept(tmp_path / "whole")
+    assert kept(tmp_path) == kept(whole())
 
 
 def test_overwrite_does_not_go_on_with_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +248,7 @@ def test_overwrite_does_not_go_on_with_what_was_left(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("moment", ["training.safetensors", "cache.json", "correctness.safetensors", "accuracy.csv"])
 def test_a_full_disk_is_one_line_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: Callable[..., Path], moment: str
 ) -> None:
     with monkeypatch.context() as patched:
         fill_disk(patched, moment)
@@ -242,8 +256,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     assert said.startswith("the disk is full, so ") and f"{moment} could not be written" in said
     assert not list((tmp_path / "run").rglob("*.partial"))
     run(tmp_path / "run", CACHED)
-    run(tmp_path / "whole", CACHED)
-    assert kept(tmp_path / "run") == kept(tmp_path / "whole")
+    assert kept(tmp_path / "run") == kept(whole(CACHED))
 
 
 # The other kind of run ------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -16,6 +15,7 @@ from vitprobe.models.anatomy.parts import Anatomy
 from vitprobe.models.anatomy.unsupported import ISOTROPIC
 from vitprobe.models.configs import describe_images
 from vitprobe.models.entries import BUNDLED_ARCHITECTURES, NORMALISATIONS, ModelSpec
+from vitprobe.models.meta import on_meta
 from vitprobe.models.official.building import create_official
 from vitprobe.models.official.entries import OFFICIAL
 from vitprobe.models.registry import all_specs, find_spec, nearest
@@ -63,7 +63,7 @@ def outline(architecture: str, *, img_size: ImageSize = None, **options: Any) ->
     Args and Raises: as `build`.
     """
     size = None if img_size is None else pair(img_size)
-    with torch.device("meta"):
+    with on_meta():
         module = _create(architecture, None, **options)
     require_size(find_anatomy(module), size, architecture)
     return module

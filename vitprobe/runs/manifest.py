@@ -6,6 +6,7 @@ import dataclasses
 import json
 import platform
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,7 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
+@cache  # reading an installed package's metadata takes a hundredth of a second
 def package_version(name: str) -> str | None:
     """An installed package's version, None where it has no metadata."""
     try:

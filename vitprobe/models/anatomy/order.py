@@ -95,7 +95,10 @@ def _first_tokens(
     handle = anatomy.blocks[0].register_forward_pre_hook(take, with_kwargs=True, prepend=True)
     try:
         with on_noise(anatomy.module):
-            functional_call(anatomy.module, changed or {}, args, kwargs)
+            if changed:
+                functional_call(anatomy.module, changed, args, kwargs)
+            else:
+                anatomy.module(*args, **kwargs)
     except _FirstBlockReached:
         pass
     except Exception:  # models refuse noise, or these arguments, in ways of their own
