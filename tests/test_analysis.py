@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from helpers import hear_ctrl_c, write_noise
 from vitprobe.errors import UserError
 from vitprobe.frozen.device import choose_batch_size, choose_device, free_memory
-from vitprobe.frozen.forward import Measurement
 from vitprobe.profile.analysis import analyze
+from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
 from vitprobe.statistics import STATISTICS
 

@@ -283,7 +283,7 @@ def test_the_numbers_of_neighbours_that_fit() -> None:
 
 def test_knn_takes_the_numbers_that_fit_and_says_so(tmp_path: Path) -> None:
     folder_of(tmp_path / "x", train=30, val=6)
-    arguments = ["verify", "--model", "mae_vit_nano", "--data", str(tmp_path / "x"), "--aggregators", "cls",
+    arguments = ["verify", "--model", "mae_vit_nano", "--data", str(tmp_path / "x"), "--aggregator", "cls",
                  "--protocol", "knn"]  # fmt: skip
     result = CliRunner().invoke(main, [*arguments, "--out", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
@@ -297,7 +297,7 @@ def test_knn_takes_the_numbers_that_fit_and_says_so(tmp_path: Path) -> None:
 
 def test_too_few_images_for_any_number_and_the_advice(tmp_path: Path) -> None:
     folder_of(tmp_path / "x", train=6, val=3)
-    arguments = ["verify", "--model", "mae_vit_nano", "--data", str(tmp_path / "x"), "--aggregators", "cls"]
+    arguments = ["verify", "--model", "mae_vit_nano", "--data", str(tmp_path / "x"), "--aggregator", "cls"]
     result = CliRunner().invoke(main, [*arguments, "--protocol", "knn", "--out", str(tmp_path / "run")])
     assert result.exit_code == 2 and "there are 3: give more, or take --protocol logistic" in result.output
     result = CliRunner().invoke(main, [*arguments, "--protocol", "logistic", "--out", str(tmp_path / "run")])
@@ -306,7 +306,7 @@ def test_too_few_images_for_any_number_and_the_advice(tmp_path: Path) -> None:
 
 def test_a_class_without_test_images_is_said_on_the_screen(tmp_path: Path) -> None:
     folder_of(tmp_path / "x", train=12, val=2)
-    arguments = ["verify", "--model", "mae_vit_nano", "--data", str(tmp_path / "x"), "--aggregators", "cls"]
+    arguments = ["verify", "--model", "mae_vit_nano", "--data", str(tmp_path / "x"), "--aggregator", "cls"]
     result = CliRunner().invoke(main, [*arguments, "--protocol", "logistic", "--out", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     assert "note: the test images of x lack 1 of its 3 classes: owl" in result.output

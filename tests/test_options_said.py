@@ -52,7 +52,7 @@ def test_more_images_than_there_are(folder: Path, kind: str) -> None:
 
 def test_a_verification_of_a_baseline_alone_says_why_it_draws_nothing(tmp_path: Path) -> None:
     data = str(write_squares(tmp_path / "squares"))
-    code, output = run("verify", "--model", "mae_vit_nano", "--aggregators", "cls", "--protocol", "knn", "--out",
+    code, output = run("verify", "--model", "mae_vit_nano", "--aggregator", "cls", "--protocol", "knn", "--out",
                        str(tmp_path / "run"), "--data", data)  # fmt: skip
     assert code == 0 and "no figure: no model has all that is to be drawn" in output
     assert "has nothing beside its baseline" in output and (tmp_path / "run" / "accuracy.csv").is_file()
@@ -161,7 +161,7 @@ def test_what_is_no_size(size: str, command: str) -> None:
 
 def test_a_size_that_is_not_square_in_verify_and_bench(tmp_path: Path) -> None:
     data = str(write_squares(tmp_path / "squares"))
-    code, output = run("verify", "--model", "mae_vit_nano", "--aggregators", "cls", "--protocol", "knn", "--img-size",
+    code, output = run("verify", "--model", "mae_vit_nano", "--aggregator", "cls", "--protocol", "knn", "--img-size",
                        "32x64", "--out", str(tmp_path / "run"), "--data", data)  # fmt: skip
     assert code == 0, output
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitprobe.cli import main
 from vitprobe.errors import UserError
-from vitprobe.frozen.forward import Measurement
 from vitprobe.profile.analysis import analyze
+from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.profile import Profile
 from vitprobe.profile.run import Run
 

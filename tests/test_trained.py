@@ -91,7 +91,17 @@ def test_the_command_line_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(PROTOCOLS, "fast", SHORT)
     folder = write_squares(tmp_path / "squares")
     options = ["--data", folder, "--model", "random_vit_nano", "--block", 0, "--workers", 0]
-    result = invoke("verify", *options, "--aggregators", "cls,gap", "--out", tmp_path / "run", "--independent-seeds")
+    result = invoke(
+        "verify",
+        *options,
+        "--aggregator",
+        "cls",
+        "--aggregator",
+        "gap",
+        "--out",
+        tmp_path / "run",
+        "--independent-seeds",
+    )
     assert result.exit_code == 0, result.output
     assert "warning: gap@block0 is" in result.stdout
     assert Verification.load(tmp_path / "run").manifest["protocol"]["echoes"] == 1

@@ -16,9 +16,9 @@ from vitprobe.data.shards import Share
 from vitprobe.errors import UserError
 from vitprobe.frozen.device import prepared
 from vitprobe.frozen.dtype import DTYPE_BOUND, ForwardDtype, choose_dtype
-from vitprobe.frozen.forward import Measurement
 from vitprobe.hooks.capture import capture
 from vitprobe.profile.begun import Begun, read_begun
+from vitprobe.profile.measuring import Measurement
 from vitprobe.profile.options import AnalyzeOptions
 from vitprobe.profile.profile import KIND, Profile
 from vitprobe.profile.run import Run
