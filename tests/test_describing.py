@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import images, message, stated_vit, tiny_vit
-from vitprobe.cli.runs import choose_runs
+from vitprobe.cli.runs import Loading
 from vitprobe.data.transforms import ImageTransform
 from vitprobe.errors import UserError
 from vitprobe.models.building import build
@@ -180,19 +180,19 @@ def test_what_is_no_normalization(given: Any, text: str) -> None:
 # On the command line --------------------------------------------------------------------------------------------------
 
 
-def test_the_options_reach_load_model(tmp_path: Path) -> None:
-    names, _, given = choose_runs(("mae_vit_nano",), None, None, None, tmp_path, False, name="ours", paradigm="MIM")
+def test_the_options_reach_load_model() -> None:
+    loading = Loading(("mae_vit_nano",), None, None, None, name="ours", paradigm="mim")
+    names, given = loading.wanted, loading.arguments
     assert given == {"checkpoint": None, "arch": None, "weights_key": None, "name": "ours", "paradigm": "MIM"}
     require_loadable(names[0], **given)
     assert load_model(names[0], **given).spec.name == "ours"
-    _, _, given = choose_runs(("mae_vit_nano",), None, None, None, tmp_path, False)
-    assert set(given) == {"checkpoint", "arch", "weights_key"}
+    assert set(Loading(("mae_vit_nano",), None, None, None).arguments) == {"checkpoint", "arch", "weights_key"}
 
 
-def test_the_options_are_for_one_model(tmp_path: Path) -> None:
+def test_the_options_are_for_one_model() -> None:
     for models, said in ((("a", "b"), {"name": "ours"}), ((), {"paradigm": "MIM"})):
         with pytest.raises(UserError) as caught:
-            choose_runs(models, None, None, None, tmp_path, False, **said)
+            Loading(models, None, None, None, **said)
         shown = "a, b" if models else "mae_vit_nano, supervised_vit_nano"
         assert message(caught) == (
             f"--{next(iter(said))} is for one model, and here are 2 ({shown}); run the command once for each"

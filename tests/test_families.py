@@ -20,6 +20,7 @@ from vitprobe.hooks.capture import Capture
 from vitprobe.layout import TokenLayout
 from vitprobe.models.anatomy.find import find_anatomy
 from vitprobe.models.anatomy.unsupported import ISOTROPIC
+from vitprobe.models.meta import on_meta
 from vitprobe.statistics import STATISTICS
 
 STEM = {"img_size": 64}  # in front of the patches, so that these are of 16 or 32 px
@@ -167,11 +168,12 @@ def test_each_family_is_represented() -> None:
 
 
 def test_each_kind_of_attention_and_of_block_is_represented() -> None:
-    blocks = [
-        block
-        for name, (options, _) in (MODELS | dict.fromkeys(DIFFERENTIAL, (SMALL, layout("1")))).items()
-        for block in find_anatomy(tiny(name, **options)).blocks
-    ]
+    with on_meta():
+        blocks = [
+            block
+            for name, (options, _) in (MODELS | dict.fromkeys(DIFFERENTIAL, (SMALL, layout("1")))).items()
+            for block in find_anatomy(tiny(name, **options)).blocks
+        ]
     assert {type(block).__name__ for block in blocks} == BLOCKS
     parts = {type(part) for block in blocks for part in block.modules() if hasattr(part, "attn_drop")}
     assert {f"{kind.__module__.removeprefix('timm.')}.{kind.__name__}" for kind in parts} == {

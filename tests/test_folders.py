@@ -134,7 +134,7 @@ def test_timms_folders():
 
 
 def test_timm_saved_by_transformers():
-    given = {"architecture": ARCH, "num_classes": 0, "pretrained_cfg": {"input_size": [3, 160, 160]}}
+    given = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "pretrained_cfg": {"input_size": [3, 224, 224]}}
     torch.manual_seed(0)
     module = transformers.TimmWrapperModel(transformers.TimmWrapperConfig.from_dict(given))
     module.save_pretrained("w")

@@ -1,4 +1,4 @@
-"""Outlines: what is built on the meta device has the names and shapes of the real thing, and computes nothing."""
+"""Outlines: what is built on the meta device has the names and shapes of the real thing; all else keeps its values."""
 
 from __future__ import annotations
 

@@ -321,10 +321,11 @@ def make_hungry() -> Hungry:
 def test_the_batch_is_halved_and_the_shard_goes_on(tmp_path, error):
     hungry = make_hungry()
     hungry.error = error
+    pixels = PIXELS[:72]  # a shard and the beginning of another
     options = {"statistics": ["cls_entropy"], "workers": 0}
-    profile = analyze(hungry, PIXELS, batch_size=24, **options, out=tmp_path / "run")
+    profile = analyze(hungry, pixels, batch_size=24, **options, out=tmp_path / "run")
     hungry.room = 64
-    whole = analyze(hungry, PIXELS, batch_size=24, **options)
+    whole = analyze(hungry, pixels, batch_size=24, **options)
     assert profile.values.names == whole.values.names
     np.testing.assert_allclose(profile.values.read("cls_entropy"), whole.values.read("cls_entropy"), rtol=1e-5)
     notes = [

@@ -12,6 +12,7 @@ from vitprobe.models.entries import BUNDLED_ARCHITECTURES, ENTRIES, ModelSpec
 from vitprobe.models.official.entries import OFFICIAL
 from vitprobe.models.paradigms import find_paradigm
 from vitprobe.models.repositories import CHECKPOINT_SUFFIXES, TIMMS, TRANSFORMERS, names_one_of_the_hub
+from vitprobe.plugins import load_plugins
 
 if TYPE_CHECKING:
     from vitprobe.layout import TokenLayout
@@ -121,12 +122,17 @@ def register(
 
 
 def find_registration(alias: object) -> Registration | None:
-    """Return what an alias was registered for; None for any other name or object."""
-    return _REGISTERED.get(alias) if isinstance(alias, str) else None
+    """Return what an alias was registered for, here or by a plugin; None for any other name or object."""
+    if not isinstance(alias, str):
+        return None
+    if alias not in _REGISTERED and alias not in _SHIPPED:
+        load_plugins()
+    return _REGISTERED.get(alias)
 
 
 def registered_specs() -> tuple[ModelSpec, ...]:
-    """Return the entries of all registered aliases, in the order of their registration."""
+    """Return the entries of all registered aliases, in the order of their registration; plugins' are among them."""
+    load_plugins()
     return tuple(made.spec for made in _REGISTERED.values())
 
 
