@@ -80,6 +80,13 @@ class Verification:
         images: names of the test images.
         labels: their classes.
         results: one an aggregator and place.
+
+    Example:
+        >>> import vitprobe as vp
+        >>> found = vp.verify("random_vit_nano", aggregators=["gap"], protocol="knn", blocks=[0], progress=False)
+        >>> again = vp.Verification.load(found.save("run"))
+        >>> [result.name for result in again.results], again.num_images
+        (['gap@block0', 'gap@block0+norm'], 599)
     """
 
     def __init__(

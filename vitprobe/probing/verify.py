@@ -92,6 +92,14 @@ def verify(
 
     Raises:
         UserError: for bad input, in one line; nothing is written then.
+
+    Example:
+        >>> import vitprobe as vp
+        >>> found = vp.verify("mae_vit_nano", protocol="knn", blocks=[0], norm=False, progress=False)
+        >>> found
+        Verification('mae_vit_nano', 2 aggregators, 599 images)
+        >>> found.table()["label"].tolist()
+        ['cls@block0', 'gap@block0']
     """
     options = VerifyOptions(**{name: value for name, value in locals().items() if name != "progress"})
     with RunFolder.of(out, KIND) as folder:

@@ -112,6 +112,14 @@ def analyze(
 
     Raises:
         UserError: for bad input, in one line; nothing is written then.
+
+    Example:
+        >>> import vitprobe as vp
+        >>> profile = vp.analyze("mae_vit_nano", num_images=8, progress=False)
+        >>> profile
+        Profile('mae_vit_nano', 8 images, 12 blocks)
+        >>> bool(profile.estimate("patch_self_attention_ratio").mean[-1] > 1 / profile.layout.num_patches)
+        True
     """
     options = AnalyzeOptions(**{name: value for name, value in locals().items() if name != "progress"})
     with joined(distributed) as world, RunFolder.of(out, KIND) as folder:

@@ -42,6 +42,14 @@ class Profile:
         manifest: all that the run was made of, ready for JSON: model and weights, data, transform, every argument,
             versions, device, images skipped and why.
         values: the values themselves (`.names`, `.groups`, `.read(statistic)` → `(n, blocks, heads)`).
+
+    Example:
+        >>> import vitprobe as vp
+        >>> profile = vp.analyze("mae_vit_nano", num_images=4, statistics=["cls_entropy"], progress=False)
+        >>> profile.values.read("cls_entropy").shape
+        (4, 12, 4)
+        >>> vp.Profile.load(profile.save("run"))
+        Profile('mae_vit_nano', 4 images, 12 blocks)
     """
 
     def __init__(self, manifest: dict[str, Any], values: ShardValues) -> None:
