@@ -26,8 +26,12 @@ def make_profile(
     signature: str = "Toy depth 3",
     weights: str = "0" * 64,
     undefined: dict[str, str] | None = None,
+    values: dict[str, np.ndarray] | None = None,
 ) -> Profile:
-    """A profile whose means over heads and images are exactly `curves` (one number a block)."""
+    """A profile whose means over heads and images are exactly `curves` (one number a block).
+
+    With `values`, `(images, blocks, heads)` by statistic, these are its values.
+    """
     layout = layout or TokenLayout(grid=(8, 8), has_cls=True, patch_size=(4, 4))
     rng, arrays = np.random.default_rng(0), {}
     for statistic, curve in curves.items():
@@ -35,6 +39,8 @@ def make_profile(
         noise = rng.normal(0, spread, (images, len(curve), count))
         noise -= noise.mean(axis=(0, 2), keepdims=True)
         arrays[statistic] = (np.asarray(curve)[None, :, None] + noise).astype(np.float32)
+    if values is not None:
+        arrays |= values
     names = [f"{i:03d}.png" for i in range(images)]
     group_names = names if groups is None else [f"g{i * groups // images}" for i in range(images)]
     manifest = {
@@ -54,6 +60,6 @@ def make_profile(
         "data": {"skipped": [], "source": "numbers made up for a test"},
     }
     folder = RunFolder.of(None, KIND)
-    values = ShardValues(folder.path, folder.keeper)
-    values.add(Shard(names, group_names, arrays))
-    return Profile(manifest, values)
+    shards = ShardValues(folder.path, folder.keeper)
+    shards.add(Shard(names, group_names, arrays))
+    return Profile(manifest, shards)

@@ -108,7 +108,7 @@ def test_a_gpu_is_measured_in_bfloat16(
 ) -> None:
     given: dict = {}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("vitprobe.bench.benchmark", lambda **options: given.update(options) or [])
+    monkeypatch.setattr("vitprobe.bench.benchmark", lambda model, **options: given.update(options) or [])
     result = CliRunner().invoke(main, ["bench", *options])
     assert result.exit_code == 0, result.output
     assert (given["device"], given["dtype"]) == (device, dtype)
@@ -116,7 +116,7 @@ def test_a_gpu_is_measured_in_bfloat16(
 
 def test_the_old_name_of_dtype_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict = {}
-    monkeypatch.setattr("vitprobe.bench.benchmark", lambda **options: given.update(options) or [])
+    monkeypatch.setattr("vitprobe.bench.benchmark", lambda model, **options: given.update(options) or [])
     result = CliRunner().invoke(main, ["bench", "--device", "cpu", "--autocast", "bfloat16"])
     assert (result.exit_code, given["dtype"]) == (0, "bfloat16")
     assert result.stderr == "Note: --autocast is --dtype now; the next release takes --dtype alone\n"

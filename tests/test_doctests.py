@@ -5,12 +5,17 @@ from __future__ import annotations
 import doctest
 import inspect
 import socket
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import vitprobe
+from vitprobe.aggregation.registering import SOURCES
+from vitprobe.aggregation.table import AGGREGATORS
+from vitprobe.models import registered
+from vitprobe.statistics import STATISTICS
 
 ROOT = Path(vitprobe.__file__).parent
 WITHOUT = {"load_probe"}  # which would have to train one first: tests/test_saved_probes.py
@@ -20,6 +25,18 @@ def with_examples() -> list[str]:
     """Modules with a line of an example."""
     found = [path for path in sorted(ROOT.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
     return [".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__") for path in found]
+
+
+@pytest.fixture(autouse=True)
+def own_tables(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What an example declares or registers is gone after it."""
+    tables = STATISTICS, AGGREGATORS, SOURCES
+    kept = [dict(table) for table in tables]
+    monkeypatch.setattr(registered, "_REGISTERED", {})
+    yield
+    for table, before in zip(tables, kept, strict=True):
+        table.clear()
+        table.update(before)
 
 
 @pytest.mark.parametrize("name", with_examples())

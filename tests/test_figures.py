@@ -388,9 +388,8 @@ def test_each_line_lies_in_its_band(name, tolerance):
     values = 1 + rng.lognormal(0, 2, (60, 3, count)).astype(np.float32)
     if name == "cls_self_attention":
         values = values / (values + 100)
-    profile = make_profile({name: values.mean(axis=(0, 2))})
+    profile = make_profile({name: values.mean(axis=(0, 2))}, images=60, values={name: values})
     profile.manifest["arguments"]["tolerance"] = tolerance
-    profile.values.pieces[0].arrays[name] = values
     ax = figures.statistic(profile, name)
     (line,), (band,) = main_lines(ax), labelled(ax.collections, "_interval")
     vertices = band.get_paths()[0].vertices

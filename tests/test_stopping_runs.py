@@ -20,9 +20,11 @@ from vitprobe.data.batches import Batch
 from vitprobe.errors import UserError
 from vitprobe.profile.analysis import analyze
 from vitprobe.profile.intervals import sequence_half_width
-from vitprobe.profile.profile import Profile
+from vitprobe.profile.options import AnalyzeOptions
+from vitprobe.profile.profile import KIND, Profile
 from vitprobe.profile.run import Run
 from vitprobe.profile.stopping import Stopper
+from vitprobe.runs.folder import RunFolder
 from vitprobe.runs.processes import World
 
 STATISTICS = ["cls_entropy_share", "patch_self_attention_ratio"]
@@ -228,7 +230,8 @@ def test_process_0_decides_and_the_other_hears_of_it(pixels, tmp_path):
     whole = run(pixels, 0.5, out=tmp_path / "whole", num_images=130)
     (shard,) = whole.values.shards()
     manifest = {**whole.manifest, "data": {"grouped": False}}
-    runs = [Run(dict(manifest), tmp_path / "run", Pair(rank), None) for rank in (0, 1)]
+    options = AnalyzeOptions(model="tiny", tolerance=0.5)
+    runs = [Run(options, dict(manifest), RunFolder(tmp_path / "run", KIND), Pair(rank), None) for rank in (0, 1)]
     attention = captured(tiny_vit(), keep="statistics", statistics=STATISTICS)
     for one in runs:
         assert not one.enough()  # nothing has come yet
@@ -244,7 +247,7 @@ def test_process_0_decides_and_the_other_hears_of_it(pixels, tmp_path):
 
 
 def test_a_stream_has_no_random_order(pixels):
-    work = Run({"arguments": {"tolerance": 0.1}}, None, World(), None)
+    work = Run(AnalyzeOptions(model="tiny", tolerance=0.1), {}, RunFolder.of(None, KIND), World(), None)
     batch = Batch(pixels[:2], [0, 1], ["0", "1"], ["0", "1"], shard=(0, 0))
     with pytest.raises(UserError) as error:
         work.add(batch, None, captured(tiny_vit()))

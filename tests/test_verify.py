@@ -83,7 +83,7 @@ def test_each_method_writes_a_whole_folder(tmp_path: Path, method: str) -> None:
     assert manifest["protocol"]["name"] == protocol.name and manifest["protocol"]["hash"] == protocol.digest
     assert manifest["model"]["weights_sha256"] == weights_sha256(model)
     assert manifest["data"] == {
-        **{"name": "squares", "fingerprint": data.fingerprint, "groups_sha256": None, "skipped": []},
+        **{"source": "squares", "fingerprint": data.fingerprint, "groups_sha256": None, "skipped": []},
         **{"classes": 3, "train": 60, "test": 24, "left_out": []},
     }
     assert manifest["diverged"] == {} and manifest["undefined"] == {}

@@ -79,7 +79,7 @@ MOMENTS = {  # what is called when the error comes, and which call of it
     "writing a probe": (BANK, "vitprobe.probing.verify", "save_probe", 3),
     "writing the numbers": (BANK, "vitprobe.probing.verification", "write_atomically", 1),
     "writing the table": (KNN, "vitprobe.probing.verification", "write_atomically", 2),
-    "clearing up": (CACHED, "vitprobe.probing.verify", "_clear_unfinished", 3),
+    "clearing up": (CACHED, RunFolder, "clear_unfinished", 3),
 }
 
 
@@ -159,7 +159,7 @@ def test_a_run_is_begun_where_the_folder_is_absent_or_empty(tmp_path: Path) -> N
 def test_a_complete_run_returns_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     one = run(tmp_path, METHODS[method], aggregators=["cls", "gap"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr("vitprobe.probing.verify._carry_out", None)
+    monkeypatch.setattr("vitprobe.probing.verify._verified", None)
     again = run(tmp_path, METHODS[method], aggregators=["cls", "gap"])
     assert again.manifest == json.loads(json.dumps(one.manifest)) and len(again.results) == len(one.results)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
@@ -171,7 +171,7 @@ def test_a_kill_in_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "accuracy.csv").unlink()
     (tmp_path / "training.safetensors").write_bytes(b"")
     with monkeypatch.context() as patched:
-        patched.setattr("vitprobe.probing.verify._carry_out", None)
+        patched.setattr("vitprobe.probing.verify._verified", None)
         run(tmp_path)
     assert kept(tmp_path) == before and not (tmp_path / "training.safetensors").exists()
     (tmp_path / "correctness.safetensors").unlink()  # the manifest says complete already
@@ -301,6 +301,7 @@ HEAD = """
     import vitprobe.files, vitprobe.probing.training
     from vitprobe.probing.bank import Bank
     from vitprobe.probing.cache import TokenCache
+from vitprobe.runs.folder import RunFolder
 
     torch.set_num_threads(1)
     here, model = Path(sys.argv[1]), tiny_vit()

@@ -144,10 +144,19 @@ class RunFolder:
         """
         if self.claimed:
             return
+        ours = not self.path.exists()
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         self._acquire()
+        try:
+            self._take()
+        except BaseException:
+            if ours:
+                self.leave()
+            raise
         self.claimed = True
+
+    def _take(self) -> None:
         if not self._go_on:  # the old manifest stays until then: a kill meanwhile leaves a folder that is still a run's
             self.clear_results()
             self.clear_unfinished()
