@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import posixpath
 import sys
 import types
 import warnings
@@ -110,7 +111,7 @@ TRAINED: dict[str, Any] = {
     "MMEngine (HistoryBuffer)": {"state_dict": WEIGHTS, "message_hub": {"log": mmengine_buffer()}},
     "Lightning (hyper_parameters, plain)": {"state_dict": WEIGHTS, "hyper_parameters": {"lr": 0.1}, "loops": {}},
     "Lightning (a loss module among them)": {"state_dict": WEIGHTS, "hyper_parameters": {"loss": nn.MSELoss()}},
-    "a function by its name": {"model": WEIGHTS, "hyper_parameters": {"join": pathlib.posixpath.join}},
+    "a function by its name": {"model": WEIGHTS, "hyper_parameters": {"join": posixpath.join}},
     "a defaultdict(list)": {"model": WEIGHTS, "log": defaultdict(list, a=[1])},
     "a set": {"model": WEIGHTS, "seen": {1, 2}},
     "a frozenset": {"model": WEIGHTS, "seen": frozenset({1})},
@@ -183,7 +184,9 @@ def ours(path: Path) -> str:
 def main() -> None:
     """Print the table, then each reason once."""
     reasons: dict[str, str] = {}
-    counts = dict.fromkeys(("defaults", "defaults, no mmap", "real classes", "inert classes", "vitprobe"), 0)
+    counts: dict[str, int] = dict.fromkeys(
+        ("defaults", "defaults, no mmap", "real classes", "inert classes", "vitprobe"), 0
+    )
     with TemporaryDirectory() as temporary:
         made = files(Path(temporary))
         print("| file | " + " | ".join(counts) + " |\n|---|" + "---|" * len(counts))

@@ -20,6 +20,7 @@ from vitprobe import Profile, UserError, Verification, analyze, verify
 from vitprobe.probing.bank import Bank
 from vitprobe.probing.cache import TokenCache
 from vitprobe.probing.training import Training
+from vitprobe.runs.folder import RunFolder
 
 STEPS = 6  # of BANK and CACHED on these pictures: two passes of three
 
@@ -301,7 +302,6 @@ HEAD = """
     import vitprobe.files, vitprobe.probing.training
     from vitprobe.probing.bank import Bank
     from vitprobe.probing.cache import TokenCache
-from vitprobe.runs.folder import RunFolder
 
     torch.set_num_threads(1)
     here, model = Path(sys.argv[1]), tiny_vit()

@@ -28,9 +28,9 @@ class VerifyOptions(RunOptions):
         settled = find_protocol(self.protocol)
         object.__setattr__(self, "protocol", settled.independent() if self.independent_seeds else settled)
         if self.aggregators is not None:
-            alone = isinstance(self.aggregators, str) or callable(self.aggregators)
-            asked = [self.aggregators] if alone else self.aggregators
-            object.__setattr__(self, "aggregators", [as_name(each) for each in asked])
+            given: Any = self.aggregators
+            alone = isinstance(given, str) or callable(given)
+            object.__setattr__(self, "aggregators", [as_name(each) for each in ([given] if alone else given)])
         super().__post_init__()
         if self.resume and has_loader(self.data):
             raise UserError(

@@ -117,7 +117,8 @@ class RunOptions:
             name=self.name,
             paradigm=self.paradigm,
         )
-        return with_transform(loaded, self.transform, self.img_size or loaded.transform.size, self.mean, self.std)
+        mean, std = (check_normalisation(name, getattr(self, name)) for name in ("mean", "std"))
+        return with_transform(loaded, self.transform, self.img_size or loaded.transform.size, mean, std)
 
     def describe(self) -> dict[str, Any]:
         """Every option by its name, as JSON holds it: of what is no plain value, words or its type."""
