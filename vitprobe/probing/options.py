@@ -28,9 +28,10 @@ class VerifyOptions(RunOptions):
         settled = find_protocol(self.protocol)
         object.__setattr__(self, "protocol", settled.independent() if self.independent_seeds else settled)
         if self.aggregators is not None:
-            given: Any = self.aggregators
-            alone = isinstance(given, str) or callable(given)
-            object.__setattr__(self, "aggregators", [as_name(each) for each in ([given] if alone else given)])
+            given = self.aggregators
+            if isinstance(given, str) or callable(given):
+                given = [given]
+            object.__setattr__(self, "aggregators", [as_name(each) for each in given])
         super().__post_init__()
         if self.resume and has_loader(self.data):
             raise UserError(
