@@ -25,7 +25,7 @@ def register(name: str) -> Callable[[Kind], Kind]:
     """Register an aggregator: a decorator on a subclass of `Aggregator`, or on a function that makes one.
 
     From then on `name` works as the package's own do: in `create`, `verify(aggregators=[…])`, tables, figures, saved
-    probes, and `vitprobe verify --aggregators` where a plugin registers it. The class is called with `dim=`, the width
+    probes, and `vitprobe verify --aggregator` where a plugin registers it. The class is called with `dim=`, the width
     of the tokens, with `layout=` (a `TokenLayout`) where it takes that, and with its options: what it takes by keyword
     alone, each with an int, float, bool or str as default, to be written `name(option=value)`. Registering the same
     class again (a notebook cell run twice) replaces it.
