@@ -99,7 +99,7 @@ def main() -> None:
             if given.decorrelated:
                 roots = {name: inverse_root(whole[~held]) for name, whole in plain.items()}
                 changed = [{name: all_[name] @ roots[name] for name in roots} for all_ in (*views, plain, tested)]
-                sets[f"{words}, decorrelated"] = (changed[:-2], *changed[-2:])
+                sets[f"{words}, decorrelated"] = (changed[:-2], changed[-2], changed[-1])
             for shown, (seen, chosen_on, tried_on) in sets.items():
                 for steps in given.steps:
                     found = trained(bank(steps), seen, labels, held, chosen_on, tried_on, own, steps)
