@@ -6,8 +6,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -84,9 +83,9 @@ class RunFolder:
                         f"{path} holds another run; pass --overwrite to replace it, --resume to go on with it, "
                         f"or give another --out"
                     )
-            if (path / LOCK).exists():
-                with self._locked():
-                    pass
+            if (path / LOCK).exists() and not self._lock.is_locked:
+                self._acquire()
+                self._lock.release()
             existing = path.absolute()
             while not existing.exists():
                 existing = existing.parent
@@ -190,14 +189,6 @@ class RunFolder:
             ) from None
         except NotImplementedError:  # a file system without locks
             return
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            if not self._lock.is_locked:
-                self._acquire()
-                stack.callback(self._lock.release)
-            yield
 
     # What may go ------------------------------------------------------------------------------------------------------
 

@@ -100,16 +100,16 @@ def upgraded(manifest: dict[str, Any]) -> dict[str, Any]:
     There `verify` wrote a "kind", called its data's source "name", and named the dtype alone.
     """
     verifies = bool(manifest.get("kind"))
-    now = {**manifest, "format_version": FORMAT_VERSION, "command": "verify" if verifies else "analyze"}
-    now.pop("kind", None)
+    today = {**manifest, "format_version": FORMAT_VERSION, "command": "verify" if verifies else "analyze"}
+    today.pop("kind", None)
     if verifies:
-        data = dict(now.get("data", {}))
+        data = dict(today.get("data", {}))
         if "name" in data:
             data["source"] = data.pop("name")
-        asked = now.get("forward_dtype")
-        now["arguments"] = {"transform": "model", **now["arguments"]}
-        now |= {"data": data, "forward_dtype": {"asked": asked, "taken": asked or now.get("dtype"), "errors": {}}}
-    return now
+        asked = today.get("forward_dtype")
+        today["arguments"] = {"transform": "model", **today["arguments"]}
+        today |= {"data": data, "forward_dtype": {"asked": asked, "taken": asked or today.get("dtype"), "errors": {}}}
+    return today
 
 
 def command_of(manifest: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -117,7 +117,7 @@ class RunOptions:
             name=self.name,
             paradigm=self.paradigm,
         )
-        mean, std = (check_normalisation(name, getattr(self, name)) for name in ("mean", "std"))
+        mean, std = cast(list[list[float] | None], [self.mean, self.std])  # lists since they were checked
         return with_transform(loaded, self.transform, self.img_size or loaded.transform.size, mean, std)
 
     def describe(self) -> dict[str, Any]:
